@@ -1,0 +1,293 @@
+"""Trains a variant of the U-Net and writes its run folder: `python experiments/run.py --variant mp_tr_dice`."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from unet_jax.config import VARIANTS, RunConfig, check_config, default_config, differences, to_dict
+from unet_jax.errors import InputError, exit_on_input_error
+
+# JAX and what builds on it are imported where work begins, so that --help and a mistyped flag answer at once.
+if TYPE_CHECKING:
+    from unet_jax.checkpoint import Restored
+    from unet_jax.data.cache import Split
+    from unet_jax.device import Placement
+    from unet_jax.train import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where and how a run is made: no part of what it is."""
+
+    config: RunConfig
+    workdir: str | None = None
+    """The run's folder. Default: runs/<variant> (with `all`: a folder for each variant inside)."""
+    overwrite: bool = False
+    """Start anew in a folder that holds another run, whose files are removed."""
+    download: bool = False
+    """Download and prepare the dataset in --data-dir if it is not there."""
+    cache_dir: str | None = None
+    """Folder of the decoded pictures. Default: ~/.cache/unet_jax."""
+    compilation_cache: bool = True
+    """Keep compiled programs in ~/.cache/unet_jax/xla, so that a later start compiles nothing."""
+    deterministic: bool = False
+    """Have a GPU add in a fixed order: repeated and resumed runs are bit-equal, steps take longer."""
+
+
+def parse(argv: Sequence[str]) -> list[Options]:
+    """The options of each run asked for: the flags given, over the defaults of its variant and dataset."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--variant", default="mp_tr_dice")
+    first.add_argument("--dataset", choices=["auto", "oxford_iiit_pet", "synthetic"], default="auto")
+    first.add_argument("--data-dir", "--data_dir")
+    first.add_argument("--download", action="store_true")
+    chosen, _ = first.parse_known_args(argv)
+    names = list(VARIANTS) if chosen.variant == "all" else [chosen.variant]
+    dataset, notice = chosen.dataset, None
+    for name in names:
+        default_config(name, dataset)
+    if not {"-h", "--help"} & set(argv):
+        from unet_jax.data.datasets import resolve
+
+        dataset, notice = resolve(dataset, chosen.data_dir, chosen.download)
+    runs = []
+    for name in names:
+        options = tyro.cli(
+            Options,
+            args=argv,
+            default=Options(default_config(name, dataset)),
+            description=__doc__,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
+        data = dataclasses.replace(options.config.data, dataset=dataset)
+        config = dataclasses.replace(options.config, variant=name, data=data)
+        check_config(config)
+        folder = Path(options.workdir or ("runs" if chosen.variant == "all" else f"runs/{name}"))
+        folder = folder / name if chosen.variant == "all" else folder
+        if notice and not options.workdir:
+            folder = folder.with_name(f"{folder.name}-synthetic")
+        runs.append(dataclasses.replace(options, config=config, workdir=str(folder)))
+    if notice:
+        print(f"\n{'!' * 100}\n{notice}\n{'!' * 100}\n", file=sys.stderr)
+    return runs
+
+
+def train_run(options: Options, placement: "Placement") -> None:
+    """Makes one run, or what is left of it: from the checks before the first file to the figures after the last."""
+    from unet_jax import runs
+    from unet_jax.data.batches import Loader
+
+    config, folder = options.config, Path(options.workdir or ".")
+    if _is_done(folder, config, options.overwrite):
+        print(
+            f"{folder} has its {config.train.epochs} epochs already: give more --epochs, or --overwrite to start anew"
+        )
+        return
+    splits = load_splits(config, options.cache_dir)
+    batch_size = config.train.batch_size
+    placement.check_batch(batch_size, len(splits["train"].names))
+    train, test = (Loader(splits[name], batch_size, placement) for name in ("train", "test"))
+    initial = start_from(config, placement)
+    with runs.lock(folder):
+        if options.overwrite:
+            runs.clear(folder)
+        restored = resume(folder, config, placement)
+        runs.write_json(folder / "config.json", to_dict(config))
+        runs.write_json(folder / "environment.json", runs.environment())
+        print(f"{config.variant} on {config.data.dataset}: {len(train)} steps an epoch, files in {folder}")
+        state, records = train_epochs(options, folder, placement, train, test, restored or initial)
+        finish(config, folder, state, records, splits["test"])
+
+
+def _is_done(folder: Path, config: RunConfig, overwrite: bool) -> bool:
+    """Whether the run is finished, after refusing a folder that holds something else."""
+    from unet_jax import runs
+
+    if overwrite or not folder.exists():
+        return False
+    if not (folder / "config.json").exists():
+        if any(p.name != ".lock" for p in folder.iterdir()):
+            raise InputError(f"{folder} holds other files than a run's: choose another --workdir")
+        return False
+    if different := differences(runs.read_config(folder), config):
+        raise InputError(
+            f"{folder} holds a run with another config ({'; '.join(different)}):"
+            " choose another --workdir, or --overwrite to start anew"
+        )
+    return runs.is_finished(folder, config.train.epochs)
+
+
+def load_splits(config: RunConfig, cache_dir: str | None) -> "dict[str, Split]":
+    """Both splits as cached arrays, after the checks that need their sizes alone."""
+    from unet_jax.data.cache import default_cache_dir, load_split
+    from unet_jax.data.datasets import sources
+
+    data = config.data
+    counts = {"train": data.train_examples, "test": data.test_examples}
+    found = sources(data, config.train.seed)
+    available = min(found["train"].size, counts["train"] or found["train"].size)
+    if config.train.batch_size > available:
+        raise InputError(f"--batch-size {config.train.batch_size} is larger than the {available} training pictures")
+    cache = Path(cache_dir) if cache_dir else default_cache_dir()
+    return {name: load_split(source, data.image_size, counts[name], cache) for name, source in found.items()}
+
+
+def start_from(config: RunConfig, placement: "Placement") -> "Restored":
+    """A fresh state at step 0, with the parameters and statistics of --init-from if given."""
+    import jax
+
+    from unet_jax import runs, train
+    from unet_jax.checkpoint import Progress, Restored
+
+    model = train.make_model(config.model, len(config.data.class_names))
+    state = train.init_state(model, train.make_optimizer(config.train), config.train.seed)
+    if config.train.init_from:
+        other = Path(config.train.init_from)
+        theirs, restored = runs.load(other, placement)
+        ours = (config.model.downsampling, config.model.upsampling, config.model.widths, config.data.class_names)
+        if ours != (theirs.model.downsampling, theirs.model.upsampling, theirs.model.widths, theirs.data.class_names):
+            raise InputError(f"--init-from {other} is a run of another network or other classes: {theirs.model}")
+        state = state._replace(params=restored.state.params, batch_stats=restored.state.batch_stats)
+    return Restored(jax.device_put(state, placement.replicated), Progress([], []), [])
+
+
+def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored | None":
+    """The newest sound checkpoint of an unfinished run, its metrics.jsonl brought in line; None if there is none."""
+    from unet_jax import checkpoint, runs
+
+    if not checkpoint.exists(folder / "checkpoints"):
+        return None
+    _, restored = runs.load(folder, placement, config)
+    for line in restored.skipped:
+        print(line, file=sys.stderr)
+    runs.write_records(folder, restored.progress.records)
+    print(f"going on from step {int(restored.state.step)}, {len(restored.progress.records)} epochs are done")
+    return restored
+
+
+def train_epochs(
+    options: Options, folder: Path, placement: "Placement", train: Any, test: Any, start: "Restored"
+) -> "tuple[TrainState, list[dict[str, Any]]]":
+    """Trains to the last epoch; each ends with its line, its record in metrics.jsonl, and a checkpoint."""
+    from tqdm import tqdm
+
+    from unet_jax import checkpoint, runs
+    from unet_jax.train import NonFiniteLossError, StepResult, fit, make_steps
+
+    config, state, records = options.config, start.state, list(start.progress.records)
+    steps = make_steps(config, placement, options.deterministic)
+    clock = Clock(config.train.epochs, len(train), len(test), int(state.step))
+    bar: Any = None
+    try:
+        with checkpoint.manager(folder / "checkpoints", int(state.step)) as checkpoints:
+            for result in fit(config, steps, state, train, test, start.progress.losses):
+                state = result.state
+                if isinstance(result, StepResult):
+                    if bar is None:
+                        bar = tqdm(
+                            total=len(train),
+                            initial=result.step_of_epoch - 1,
+                            unit="step",
+                            desc=f"epoch {result.epoch}",
+                        )
+                    bar.set_postfix_str(f"loss {result.losses[-1]:.4f}" if result.losses else "", refresh=False)
+                    bar.update()
+                    if line := clock.tick():
+                        bar.write(line)
+                    continue
+                record = result.record
+                bar.set_postfix_str(f"loss {record['last_batch_loss']:.4f}")
+                bar.close()
+                bar = None
+                print(
+                    f"Test set: average loss {record['test_loss']:.4f}, mean IoU {record['mean_iou']:.4f},"
+                    f" pixel accuracy {record['pixel_accuracy']:.4f}"
+                )
+                records.append(record)
+                runs.write_records(folder, records)
+                checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
+    except NonFiniteLossError as error:
+        last = f"epoch {len(records)} is the last good checkpoint" if records else "there is no checkpoint before it"
+        raise InputError(f"{error}; {last}, in {folder}: try a smaller --learning-rate") from None
+    return state, records
+
+
+class Clock:
+    """Says once, early, how long the run will take: from the time of a few steps past the compilation."""
+
+    FIRST, LAST = 2, 6  # the steps timed, counted in this process
+
+    def __init__(self, epochs: int, train_steps: int, test_steps: int, done: int) -> None:
+        """Takes the steps of an epoch and of an evaluation, and how many training steps are behind already."""
+        # An evaluation is a forward pass, a third of a step's work.
+        self.ahead = epochs * (train_steps + test_steps / 3) * max(0.0, 1 - done / (epochs * train_steps))
+        self.ticks, self.start = 0, 0.0
+
+    def tick(self) -> str | None:
+        """Counts a step; the line, when it is known."""
+        self.ticks += 1
+        if self.ticks == self.FIRST:
+            self.start = time.perf_counter()
+        if self.ticks != self.LAST:
+            return None
+        minutes = (time.perf_counter() - self.start) / (self.LAST - self.FIRST) * self.ahead / 60
+        line = f"this will take about {minutes:.0f} minutes on this device" if minutes > 1 else None
+        if minutes > 30:
+            line = f"{line}; shorter: --image-size 64, fewer --train-examples and --epochs, or a GPU"
+        return line
+
+
+def finish(config: RunConfig, folder: Path, state: "TrainState", records: list[dict[str, Any]], test: "Split") -> None:
+    """The figures, the summary and the last line."""
+    import jax
+    import numpy as np
+
+    from unet_jax import device, plots, runs
+    from unet_jax.train import make_steps
+
+    names, data = config.data.class_names, config.data
+    title = f"{config.variant} on {data.dataset} ({data.image_size}x{data.image_size}, {len(records)} epochs)"
+    images, labels = np.asarray(test.images[:10]), np.asarray(test.labels[:10])
+    predictions = np.asarray(make_steps(config, device.placement()).predict(state, images))
+    plots.metrics_figure(records, title).savefig(folder / "metrics.png")
+    plots.results_figure(images, labels, predictions, names, title).savefig(folder / "results.png")
+    summary = {
+        "variant": config.variant,
+        "dataset": data.dataset,
+        "epochs": len(records),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "seconds": sum(r["seconds"] + r["evaluation_seconds"] for r in records),
+        "final": records[-1],
+    }
+    runs.write_json(folder / "summary.json", summary)
+    print(
+        f"{config.variant} on {data.dataset}: test loss {records[-1]['test_loss']:.4f},"
+        f" mean IoU {records[-1]['mean_iou']:.4f} after {len(records)} epochs; figures in {folder}"
+    )
+
+
+def main() -> None:
+    runs_asked_for = parse(sys.argv[1:])
+    from unet_jax import device
+    from unet_jax.data.cache import default_cache_dir
+
+    if runs_asked_for[0].compilation_cache:
+        device.set_up_compilation_cache(default_cache_dir() / "xla")
+    print(device.describe())
+    for options in runs_asked_for:
+        train_run(options, device.placement())
+    if len(runs_asked_for) > 1:
+        from report import write_comparison
+
+        write_comparison([Path(options.workdir or ".") for options in runs_asked_for])
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,90 @@
+"""Checkpoints of a run: the train state, and beside it in JSON how far it had come. The only place that knows orbax."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.sharding import NamedSharding
+
+from unet_jax.errors import InputError
+from unet_jax.train import TrainState
+
+logging.set_verbosity(logging.ERROR)  # orbax tells every step of a save at a louder level
+
+
+class Progress(NamedTuple):
+    """What metrics.jsonl held when the checkpoint was made, and the losses of the steps since (in mid-epoch)."""
+
+    records: list[dict[str, Any]]
+    losses: list[float]
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back, and a line for each newer one that could not be."""
+
+    state: TrainState
+    progress: Progress
+    skipped: list[str]
+
+
+@contextmanager
+def manager(folder: Path, step: int) -> Iterator[ocp.CheckpointManager]:
+    """The checkpoints of a run that goes on from `step`; later ones, which were skipped as damaged, are removed.
+
+    The last two are kept, so that a damaged newest has an elder. Writes happen behind the training where a device has
+    memory of its own. Closing waits for them.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2,
+        cleanup_tmp_directories=True,
+        # On the CPU a donated state's memory would be overwritten while it is being saved.
+        enable_async_checkpointing=jax.default_backend() != "cpu",
+    )
+    with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
+        for later in [s for s in checkpoints.all_steps() if s > step]:
+            checkpoints.delete(later)
+        yield checkpoints
+
+
+def save(checkpoints: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
+    """Saves under the state's step. A save that fails leaves the ones before it."""
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress._asdict()))
+    checkpoints.save(int(state.step), args=items)
+
+
+def exists(folder: Path) -> bool:
+    """Whether the folder has a complete checkpoint, sound or not (one that is being written has no number as yet)."""
+    return folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir())
+
+
+def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Restored:
+    """The newest checkpoint in `folder` that can be read, as the shapes and dtypes of `abstract`, on `sharding`.
+
+    Raises:
+      InputError: the folder has no checkpoint, or none that can be read or fits the config.
+    """
+    if not exists(folder):
+        raise InputError(f"no complete checkpoint in {folder}: the run was stopped before its first epoch ended")
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
+    skipped: list[str] = []
+    with ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as checkpoints:
+        for step in sorted(checkpoints.all_steps(), reverse=True):
+            try:
+                restored = checkpoints.restore(step, args=items)
+                state = TrainState(*restored["state"])
+                if jax.tree.map(_kind, state) != jax.tree.map(_kind, abstract):
+                    raise ValueError("its arrays are not those of the config")
+                return Restored(state, Progress(**restored["progress"]), skipped)
+            except Exception as error:  # a damaged file fails in as many ways as there are layers below
+                reason = str(error).strip().split("\n")[0][:150]
+                skipped.append(f"checkpoint {step} in {folder} cannot be used ({reason})")
+    raise InputError(f"{skipped[0]}: it is damaged, or was made with another config")
+
+
+def _kind(array: Any) -> tuple[Any, Any]:
+    return array.shape, array.dtype

@@ -1,0 +1,215 @@
+"""Every choice of a run as frozen dataclasses, to and from JSON. The flags of experiments/run.py are these fields."""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import dacite
+
+from unet_jax.errors import InputError
+
+FORMAT_VERSION = 1  # of config.json
+IGNORE_LABEL = 255  # pixels with this label count in no loss, no gradient and no metric
+
+Downsampling = Literal["max_pool", "strided_conv"]
+Upsampling = Literal["transposed_conv", "resize"]
+Precision = Literal["auto", "float32", "bfloat16"]
+DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic"]
+
+
+class Variant(NamedTuple):
+    """A published run: what sets it apart, and its best published test loss."""
+
+    downsampling: Downsampling
+    upsampling: Upsampling
+    loss: str
+    batch_size: int
+    published_test_loss: float
+
+
+VARIANTS = {
+    "mp_tr_ce": Variant("max_pool", "transposed_conv", "cross_entropy", 64, 0.5283),
+    "mp_tr_dice": Variant("max_pool", "transposed_conv", "log_dice", 128, 0.0909),
+    "strconv_tr_ce": Variant("strided_conv", "transposed_conv", "cross_entropy", 64, 0.2871),
+    "strconv_ups_dice": Variant("strided_conv", "resize", "log_dice", 32, 0.0642),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The pictures."""
+
+    dataset: DatasetName = "auto"
+    """auto: the prepared pets, else download them, else synthetic pets."""
+    data_dir: str | None = None
+    """Folder of the prepared dataset. Default: the one of tensorflow-datasets."""
+    image_size: int = 240
+    """Height and width that pictures are resized to; a multiple of 2^(levels-1)."""
+    train_examples: int | None = None
+    """The first N training pictures. Default: all."""
+    test_examples: int | None = None
+    """The first N test pictures. Default: all."""
+    class_names: tuple[str, ...] = ("pet", "background", "border")
+    """A name for each class, in the order of the labels."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    downsampling: Downsampling = "max_pool"
+    """2x2 max pool, or 3x3 convolution of stride 2."""
+    upsampling: Upsampling = "transposed_conv"
+    """3x3 transposed convolution of stride 2, or bilinear resize and 1x1 convolution."""
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Features of the encoder's blocks, from full resolution down."""
+    dropout_rate: float = 0.3
+    """Dropout in the two deepest encoder blocks."""
+    precision: Precision = "auto"
+    """What the layers compute in; auto is bfloat16 on GPU and TPU and float32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimization."""
+
+    loss: str = "cross_entropy"
+    """cross_entropy, log_dice, soft_dice, or a weighted sum such as cross_entropy+0.5*soft_dice."""
+    batch_size: int = 64
+    """Pictures per step, over all devices."""
+    epochs: int = 25
+    """Passes over the training pictures."""
+    learning_rate: float = 1e-3
+    """Adam's step size."""
+    seed: int = 0
+    """Of the initial weights, the order of the pictures, dropout, and the synthetic pets."""
+    init_from: str | None = None
+    """Run folder whose parameters and batch norm statistics training starts from."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of a run."""
+
+    variant: str = "mp_tr_dice"
+    """mp_tr_ce, mp_tr_dice, strconv_tr_ce, strconv_ups_dice, or all four in turn."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+
+# Two runs that differ in these alone are the same run: folders, and how long to go on.
+NOT_COMPARED = {"data.data_dir", "train.epochs"}
+
+
+def default_config(variant: str, dataset: DatasetName) -> RunConfig:
+    """The variant's published setting, at a size fit for the dataset.
+
+    Raises:
+      InputError: no such variant.
+    """
+    if variant not in VARIANTS:
+        near = difflib.get_close_matches(variant, VARIANTS, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(VARIANTS)}, all"
+        raise InputError(f"unknown variant {variant!r}: {hint}")
+    row = VARIANTS[variant]
+    model = ModelConfig(row.downsampling, row.upsampling)
+    if dataset == "synthetic":
+        # Small enough for minutes on two cores: the bare command is to show learning anywhere.
+        data = DataConfig(dataset, image_size=64, train_examples=480, test_examples=120)
+        return RunConfig(variant, data, model, TrainConfig(row.loss, batch_size=16, epochs=8))
+    return RunConfig(variant, DataConfig(dataset), model, TrainConfig(row.loss, row.batch_size))
+
+
+def check_size(height: int, width: int, levels: int) -> None:
+    """Raises InputError unless both sides are positive multiples of 2^(levels-1)."""
+    multiple = 2 ** (levels - 1)
+    if min(height, width) < 1 or height % multiple or width % multiple:
+        nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]
+        raise InputError(
+            f"pictures of {height}x{width} do not fit {levels} levels: height and width must be multiples of"
+            f" {multiple}; the nearest size is {nearest[0]}x{nearest[1]}"
+        )
+
+
+def check_config(config: RunConfig) -> None:
+    """Raises InputError for the first value that no run can have."""
+    data, model, train = config.data, config.model, config.train
+    at_least_one = {
+        "epochs": train.epochs,
+        "batch-size": train.batch_size,
+        "train-examples": data.train_examples,
+        "test-examples": data.test_examples,
+        "widths": min(model.widths, default=0),
+    }
+    for flag, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise InputError(f"--{flag} is {value}: it must be at least 1")
+    if not (math.isfinite(train.learning_rate) and train.learning_rate > 0):
+        raise InputError(f"--learning-rate is {train.learning_rate}: it must be positive and finite")
+    if not 0 <= model.dropout_rate < 1:
+        raise InputError(f"--dropout-rate is {model.dropout_rate}: it must be at least 0 and below 1")
+    if train.seed < 0:
+        raise InputError(f"--seed is {train.seed}: it must not be negative")
+    check_size(data.image_size, data.image_size, len(model.widths))
+    loss_terms(train.loss)
+
+
+def loss_terms(text: str) -> tuple[tuple[float, str], ...]:
+    """(weight, name) of each term of a loss such as "cross_entropy+0.5*soft_dice".
+
+    Raises:
+      InputError: a term is not NAME or WEIGHT*NAME with a known name and a positive weight.
+    """
+    terms = []
+    for term in text.replace(" ", "").split("+"):
+        match = re.fullmatch(r"(?:([\d.]+(?:e-?\d+)?)\*)?(cross_entropy|log_dice|soft_dice)", term)
+        try:
+            weight = float(match[1] or 1) if match else 0.0
+        except ValueError:
+            weight = 0.0
+        if not match or weight <= 0:
+            raise InputError(
+                f"--loss has the term {term!r}: write cross_entropy, log_dice, soft_dice,"
+                " or a sum such as cross_entropy+0.5*soft_dice"
+            )
+        terms.append((weight, match[2]))
+    return tuple(terms)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config in JSON's types, with its format version."""
+    return {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """The inverse of to_dict, through JSON or not. Fields that an older file lacks take their defaults.
+
+    Raises:
+      InputError: another format version, an unknown field, or a value of another type.
+    """
+    fields = dict(values)
+    version = fields.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise InputError(f"the config has format version {version}, this version of unet_jax reads {FORMAT_VERSION}")
+    try:
+        return dacite.from_dict(RunConfig, fields, dacite.Config(cast=[tuple], strict=True))
+    except dacite.DaciteError as error:
+        raise InputError(f"the config was made by another version, or edited by hand: {error}") from None
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """The fields in which two runs differ, as "train.batch_size: 64 -> 32", leaving out NOT_COMPARED."""
+    before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and k not in NOT_COMPARED]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

@@ -1,0 +1,1 @@
+"""Datasets as Sources of pictures, decoded once into cached uint8 arrays."""

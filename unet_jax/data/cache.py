@@ -1,0 +1,138 @@
+"""A split decoded once into uint8 arrays on disk, memory-mapped from then on."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from unet_jax.data.source import Example, Source
+from unet_jax.errors import InputError
+
+VERSION = 1  # of the files and of the resizing: a change makes every cache anew
+ARRAYS = ("images", "labels")
+
+
+class Split(NamedTuple):
+    """images uint8 [N, S, S, 3], labels uint8 [N, S, S] (both may be memory-mapped), names of the N pictures."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    names: list[str]
+
+
+def default_cache_dir() -> Path:
+    """The package's folder under the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet_jax"
+
+
+def resize(example: Example, size: int) -> Example:
+    """The example at size x size: picture antialiased bilinear, labels nearest, so that no class is invented."""
+    if example.labels.shape == (size, size):
+        return example
+    image = Image.fromarray(example.image).resize((size, size), Image.Resampling.BILINEAR)
+    labels = Image.fromarray(example.labels).resize((size, size), Image.Resampling.NEAREST)
+    return Example(example.name, np.asarray(image), np.asarray(labels))
+
+
+def load_split(source: Source, size: int, examples: int | None, cache_dir: Path) -> Split:
+    """The first `examples` pictures (None: all) of a source at size x size, from the cache or made for it.
+
+    The cache is keyed by all that the arrays depend on. A folder in it is complete from the moment it has its name,
+    whoever else builds it meanwhile; one whose bytes have changed since is made again.
+
+    Raises:
+      InputError: a picture cannot be read, or the disk is full.
+    """
+    count = source.size if examples is None else min(examples, source.size)
+    key = {"version": VERSION, "size": size, "count": count, **source.identity}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_dir / f"{source.dataset}-{source.split}-{size}-{digest}"
+    split = _open(folder)
+    if split is None:
+        _build(source, size, count, folder)
+        split = _open(folder)
+        if split is None:
+            raise InputError(f"the cache in {folder} cannot be read back: check the disk, or give another --cache-dir")
+    return split
+
+
+def _open(folder: Path) -> Split | None:
+    """The split in a cache folder, or None where it is absent, incomplete or damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        with ThreadPoolExecutor(len(ARRAYS)) as pool:  # zlib lets go of the interpreter's lock
+            sums = dict(zip(ARRAYS, pool.map(_checksum, arrays.values()), strict=True))
+        if sums != meta["checksums"] or len(meta["names"]) != len(arrays["images"]):
+            return None
+        return Split(arrays["images"], arrays["labels"], meta["names"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checksum(array: np.ndarray) -> int:
+    value = 0
+    for start in range(0, len(array), 256):
+        value = zlib.crc32(np.ascontiguousarray(array[start : start + 256]).data, value)
+    return value
+
+
+def _build(source: Source, size: int, count: int, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _decode(source, size, count, building)
+        shutil.rmtree(folder, ignore_errors=True)  # what _open refused
+        try:
+            building.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same arrays
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _decode(source: Source, size: int, count: int, building: Path) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"images": (count, size, size, 3), "labels": (count, size, size)}
+    _check_room(building, sum(int(np.prod(shape)) for shape in shapes.values()))
+    create: Callable[..., Any] = np.lib.format.open_memmap
+    arrays = {name: create(building / f"{name}.npy", "w+", np.uint8, shape) for name, shape in shapes.items()}
+
+    def decode(i: int) -> str:
+        example = resize(source.read(i), size)
+        arrays["images"][i], arrays["labels"][i] = example.image, example.labels
+        return example.name
+
+    progress = tqdm(desc=f"decoding {source.dataset} {source.split}", total=count, unit="pictures", disable=None)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress:
+        futures = [pool.submit(decode, i) for i in range(count)]
+        try:
+            names = [(future.result(), progress.update())[0] for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # one bad picture ends it: no need to decode the rest first
+            raise
+    for array in arrays.values():
+        array.flush()
+    checksums = {name: _checksum(array) for name, array in arrays.items()}
+    # Last: a folder without it is no cache.
+    (building / "meta.json").write_text(json.dumps({"checksums": checksums, "names": names}))
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    # A memory-mapped file on a full disk dies by SIGBUS instead of raising.
+    free = shutil.disk_usage(folder).free
+    if needed * 1.01 > free:
+        raise InputError(
+            f"no room for the cache: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free in {folder.parent};"
+            " free some, give another --cache-dir, or fewer --train-examples"
+        )

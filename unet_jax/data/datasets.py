@@ -1,0 +1,47 @@
+"""From a config's dataset to its sources: which dataset it is to be, and where it comes from."""
+
+from pathlib import Path
+
+from unet_jax.config import DataConfig, DatasetName
+from unet_jax.data import oxford_iiit_pet, synthetic
+from unet_jax.data.source import Source
+from unet_jax.errors import InputError
+
+
+def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple[DatasetName, str | None]:
+    """What "auto" stands for here, and a notice for the user where it is not the real pets. Downloads nothing.
+
+    Raises:
+      InputError: the dataset asked for is neither there nor to be had; the message says what to do.
+    """
+    if dataset == "synthetic":
+        return "synthetic", None
+    folder = Path(data_dir) if data_dir else oxford_iiit_pet.default_data_dir()
+    if oxford_iiit_pet.is_prepared(folder):
+        return "oxford_iiit_pet", None
+    if data_dir and not download:
+        raise InputError(
+            f"no prepared oxford_iiit_pet in --data-dir {data_dir}: give the folder that holds oxford_iiit_pet/,"
+            " or add --download to prepare it there"
+        )
+    if oxford_iiit_pet.is_reachable():
+        return "oxford_iiit_pet", None
+    missing = f"oxford_iiit_pet is not prepared in {folder}, and the site that it is downloaded from cannot be reached"
+    if dataset == "oxford_iiit_pet" or data_dir:
+        raise InputError(f"{missing}: go online, or give the --data-dir of a prepared copy, or --dataset synthetic")
+    return "synthetic", f"{missing}.\nTraining on SYNTHETIC PETS instead: the scores say nothing about real pictures."
+
+
+def sources(config: DataConfig, seed: int) -> dict[str, Source]:
+    """The sources of a resolved config by split name; the pets are downloaded and prepared if they are not there.
+
+    Raises:
+      InputError: they cannot be prepared or read.
+    """
+    if config.dataset == "synthetic":
+        counts = {"train": config.train_examples or 480, "test": config.test_examples or 120}
+        return {split: synthetic.source(split, n, config.image_size, seed) for split, n in counts.items()}
+    folder = Path(config.data_dir) if config.data_dir else oxford_iiit_pet.default_data_dir()
+    if not oxford_iiit_pet.is_prepared(folder):
+        oxford_iiit_pet.prepare(folder)
+    return {split: oxford_iiit_pet.source(folder, split) for split in ("train", "test")}

@@ -1,0 +1,92 @@
+"""What depends on the device: placement of arrays, precision, compiler options, the compilation cache."""
+
+import functools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from unet_jax.config import Precision
+from unet_jax.errors import InputError
+
+
+class Placement(NamedTuple):
+    """Data parallelism over all devices: state replicated, batches split along their first axis."""
+
+    replicated: NamedSharding
+    batch: NamedSharding
+    devices: int
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether data of this size may stay on an accelerator: a third of its memory, the rest is for training."""
+        device = self.replicated.mesh.devices.flat[0]
+        # On the CPU the memory-mapped arrays are as near as a copy would be.
+        stats = None if device.platform == "cpu" else device.memory_stats()
+        return stats is not None and nbytes < stats["bytes_limit"] / 3
+
+    def check_batch(self, batch_size: int, examples: int) -> None:
+        """Raises InputError for a batch, or an epoch's last short one, that the devices do not divide."""
+        for what, size in (("batch", batch_size), ("epoch's last batch", examples % batch_size)):
+            if size % self.devices:
+                down = batch_size // self.devices * self.devices
+                raise InputError(
+                    f"{self.devices} devices do not divide the {what} of {size} pictures: choose --batch-size"
+                    f" {max(down, self.devices)} or {down + self.devices}, or other --train-examples"
+                )
+
+
+def placement() -> Placement:
+    """The placement on all devices that JAX sees."""
+    # Explicit axes, the default, are refused by linen's Dropout.
+    mesh: Mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return Placement(
+        NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")), jax.device_count()
+    )
+
+
+def compute_dtype(precision: Precision) -> DTypeLike:
+    """The dtype that layers compute in: "auto" is bfloat16 where there are matrix units for it."""
+    if precision == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(precision)
+
+
+@functools.cache
+def compiler_options(deterministic: bool = False) -> dict[str, str | bool]:
+    """Options for `jax.jit(..., compiler_options=)` on this backend; the CPU is deterministic as it is.
+
+    On the CPU, XLA's "YNN" fusion of convolutions doubles the time of this network's step, most of all in the
+    kernel gradients; it is turned off where this jaxlib knows the option.
+    """
+    if jax.default_backend() == "gpu":
+        return {"xla_gpu_deterministic_ops": True} if deterministic else {}
+    options: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # a jaxlib that does not know an option refuses to compile with it
+        return {}
+    return options
+
+
+def set_up_compilation_cache(folder: Path) -> None:
+    """Keeps compiled programs in `folder` from now on: a second start compiles nothing."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
+
+
+def describe() -> str:
+    """A line for users that names the devices, with a hint where there is a GPU that JAX cannot use."""
+    devices = jax.devices()
+    count = f"{len(devices)} x " if len(devices) > 1 else ""
+    if devices[0].platform != "cpu":
+        return f"device: {count}{devices[0].device_kind}"
+    line = f"device: {count}CPU ({os.cpu_count()} cores)"
+    if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists():
+        line += "; there is an NVIDIA GPU that JAX cannot use: pip install 'unet-jax[cuda13]' (or [cuda12])"
+    return line

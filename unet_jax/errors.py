@@ -1,0 +1,29 @@
+"""What a user can mend is an InputError: one line that says what is wrong and what to do."""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+
+
+class InputError(Exception):
+    """Bad input. Its message is one line for the user: what is wrong, and what to do about it."""
+
+
+@contextlib.contextmanager
+def exit_on_input_error() -> Iterator[None]:
+    """Turns an InputError (or a full disk) into one line on stderr and exit status 2, for the experiments' `main`."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        message = f"{error.strerror}: {error.filename or 'writing a file'}; free some room or choose another folder"
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint")
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,225 @@
+"""The network's layers in the forms that run fast, each equal to its textbook form (tests/test_layers.py shows it).
+
+Layout is NHWC, kernels are HWIO. Parameters keep the names and shapes of the linen layers that they stand for.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+# PyTorch's defaults, which the reproduced runs used: both come to U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def bias_init(fan_in: int) -> nn.initializers.Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the distribution of PyTorch's conv biases."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def conv(x: Array, kernel: Array, strides: int = 1, padding: int | tuple[int, int] = 0) -> Array:
+    """2-D convolution of x [N, H, W, I] with kernel [h, w, I, O], the same zero padding (low, high) on both axes."""
+    pad = (padding, padding) if isinstance(padding, int) else padding
+    return lax.conv_general_dilated(
+        x, kernel, (strides, strides), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class Conv(nn.Module):
+    """Convolution with bias and PyTorch's initial weights; padding keeps the size (3x3 at stride 2 halves it)."""
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        k, in_features = self.kernel_size, x.shape[-1]
+        kernel = self.param("kernel", kernel_init, (k, k, in_features, self.features))
+        bias = self.param("bias", bias_init(k * k * in_features), (self.features,))
+        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, k // 2)
+        return y + bias.astype(self.dtype)[None, None, None, :]
+
+
+def transposed_conv(x: Array, kernel: Array) -> Array:
+    """3x3 transposed convolution of stride 2 that doubles x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O].
+
+    PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1) without its bias. Dilating the input (the
+    textbook form) multiplies mostly zeros; here one 2x2 convolution computes the four output phases at once: along an
+    axis, output 2i sees w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1].
+    """
+    n, h, w, in_features = x.shape
+    out_features = kernel.shape[2]
+    zero = jnp.zeros_like(kernel[0])
+    rows = jnp.stack([jnp.stack([kernel[1], zero]), jnp.stack([kernel[2], kernel[0]])])  # [phase, tap, 3, O, I]
+    zero = jnp.zeros_like(rows[:, :, 0])
+    phases = jnp.stack(
+        [jnp.stack([rows[:, :, 1], zero]), jnp.stack([rows[:, :, 2], rows[:, :, 0]])]
+    )  # [phase_w, tap_w, phase_h, tap_h, O, I]
+    merged = phases.transpose(3, 1, 5, 2, 0, 4).reshape(2, 2, in_features, 4 * out_features)
+    y = conv(x, merged, padding=(0, 1)).reshape(n, h, w, 2, 2, out_features)
+    return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, out_features)
+
+
+class TransposedConv(nn.Module):
+    """`transposed_conv` with bias; the kernel has linen's ConvTranspose(transpose_kernel=True) shape [3, 3, O, I]."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        # PyTorch counts the fan-in of a transposed conv over its output features.
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=2, out_axis=3)
+        kernel = self.param("kernel", init, (3, 3, self.features, x.shape[-1]))
+        bias = self.param("bias", bias_init(9 * self.features), (self.features,))
+        return (
+            transposed_conv(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)[None, None, None]
+        )
+
+
+@jax.custom_vjp
+def max_pool(x: Array) -> Array:
+    """2x2 max pool of stride 2: x [N, H, W, C] to [N, H//2, W//2, C]; an odd last row or column is dropped.
+
+    At ties the first of the window in row order takes the whole gradient, as in PyTorch and `lax.reduce_window`
+    (ties are common here: ReLU makes whole windows equal).
+    """
+    return _windows(x).max(axis=(2, 4))
+
+
+def _windows(x: Array) -> Array:
+    n, h, w, c = x.shape
+    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
+
+
+def _max_pool_fwd(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    y = max_pool(x)
+    return y, (x, y)
+
+
+def _max_pool_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array]:
+    x, y = residuals
+    n, h, w, c = x.shape
+    windows = _windows(x)
+    taken = jnp.zeros(y.shape, bool)
+    grads = []
+    for i, j in np.ndindex(2, 2):
+        is_max = (windows[:, :, i, :, j] == y) & ~taken
+        taken |= is_max
+        grads.append(jnp.where(is_max, g, 0))
+    stacked = jnp.stack([jnp.stack(grads[:2], axis=3), jnp.stack(grads[2:], axis=3)], axis=2)
+    dx = stacked.reshape(n, h // 2 * 2, w // 2 * 2, c)
+    return (jnp.pad(dx, ((0, 0), (0, h % 2), (0, w % 2), (0, 0))),)
+
+
+max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+def interpolation_matrix(n: int, dtype: DTypeLike = np.float32) -> np.ndarray:
+    """[2n, n] matrix of the linear interpolation that doubles n points, first and last kept (aligned corners)."""
+    positions = np.arange(2 * n) * ((n - 1) / (2 * n - 1))
+    low = np.minimum(positions.astype(int), max(n - 2, 0))
+    matrix = np.zeros((2 * n, n))
+    matrix[np.arange(2 * n), low] = 1 - (positions - low)
+    matrix[np.arange(2 * n), np.minimum(low + 1, n - 1)] += positions - low
+    return matrix.astype(dtype)
+
+
+def resize_double(x: Array) -> Array:
+    """Bilinear resize with aligned corners: x [N, H, W, C] to [N, 2H, 2W, C]; a single pixel is repeated.
+
+    `jax.image.resize` does not align corners. Two small matrix products do, and differentiate well.
+    """
+    rows, columns = (interpolation_matrix(n, x.dtype) for n in x.shape[1:3])
+    return jnp.einsum("Hh,nhWc->nHWc", rows, jnp.einsum("Ww,nhwc->nhWc", columns, x))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize(x: Array, scale: Array, bias: Array, epsilon: float, relu_first: bool) -> tuple[Array, Array, Array]:
+    """Batch norm of x [N, H, W, C] by its own statistics, of max(x, 0) if `relu_first`.
+
+    Returns (y, mean [C], var [C]) with y in x's dtype and float32 (or wider) statistics. The hand-written gradient
+    (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3) keeps x alone between the passes; no gradient flows through
+    mean and var, which only feed the running statistics.
+    """
+    y, mean, var, _ = _normalize(x, scale, bias, epsilon, relu_first)
+    return y, mean, var
+
+
+def _statistics_dtype(x: Array) -> DTypeLike:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _normalize(
+    x: Array, scale: Array, bias: Array, epsilon: float, relu_first: bool
+) -> tuple[Array, Array, Array, Array]:
+    wide = _statistics_dtype(x)
+    a = jnp.maximum(x, 0) if relu_first else x
+    a = a.astype(wide)
+    mean = a.mean((0, 1, 2))
+    var = jnp.maximum(jnp.square(a).mean((0, 1, 2)) - jnp.square(mean), 0)
+    inverse = lax.rsqrt(var + epsilon)
+    gain = scale.astype(wide) * inverse
+    shift = bias.astype(wide) - mean * gain
+    return (a * gain[None, None, None] + shift[None, None, None]).astype(x.dtype), mean, var, inverse
+
+
+def _normalize_fwd(x: Array, scale: Array, bias: Array, epsilon: float, relu_first: bool) -> tuple:
+    y, mean, var, inverse = _normalize(x, scale, bias, epsilon, relu_first)
+    return (y, mean, var), (x, scale, mean, inverse)
+
+
+def _normalize_bwd(epsilon: float, relu_first: bool, residuals: tuple, grads: tuple) -> tuple[Array, Array, Array]:
+    x, scale, mean, inverse = residuals
+    wide = _statistics_dtype(x)
+    g = grads[0].astype(wide)
+    a = (jnp.maximum(x, 0) if relu_first else x).astype(wide)
+    centred = (a - mean[None, None, None]) * inverse[None, None, None]
+    d_bias = g.sum((0, 1, 2))
+    d_scale = (g * centred).sum((0, 1, 2))
+    count = x.size // x.shape[-1]
+    gain = (scale.astype(wide) * inverse)[None, None, None]
+    dx = gain * (g - (d_bias / count)[None, None, None] - centred * (d_scale / count)[None, None, None])
+    if relu_first:
+        dx = jnp.where(x > 0, dx, 0)
+    return dx.astype(x.dtype), d_scale.astype(scale.dtype), d_bias.astype(scale.dtype)
+
+
+normalize.defvjp(_normalize_fwd, _normalize_bwd)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over N, H, W with parameters scale, bias and running batch_stats mean, var [C], all float32.
+
+    With `relu_first`, of max(x, 0): one function, so that the gradient need not keep the ReLU's output beside its
+    input. Running statistics move by 0.1 a step (PyTorch's momentum 0.1; var is the biased one, as in Flax).
+    """
+
+    relu_first: bool = False
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        if not train:
+            gain = scale * lax.rsqrt(running_var.value + self.epsilon)
+            shift = bias - running_mean.value * gain
+            a = jnp.maximum(x, 0) if self.relu_first else x
+            return (a.astype(gain.dtype) * gain[None, None, None] + shift[None, None, None]).astype(x.dtype)
+        y, mean, var = normalize(x, scale, bias, self.epsilon, self.relu_first)
+        if not self.is_initializing():
+            for running, new in ((running_mean, mean), (running_var, var)):
+                running.value = self.momentum * running.value + (1 - self.momentum) * new
+        return y

@@ -1,0 +1,90 @@
+"""Losses of logits [B, H, W, C] against integer labels [B, H, W]: pure, in float32, weighted.
+
+`weights` [B] says how much each example counts (0: padding); pixels labelled IGNORE_LABEL count in nothing.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from unet_jax.config import IGNORE_LABEL, loss_terms
+
+Loss = Callable[[Array, ArrayLike, ArrayLike | None], Array]
+
+
+def pixel_weights(labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
+    """[B, H, W] float32: the example's weight where a label counts, else 0."""
+    counts = (jnp.asarray(labels) != IGNORE_LABEL).astype(jnp.float32)
+    return counts if weights is None else counts * jnp.asarray(weights, jnp.float32)[:, None, None]
+
+
+def log_likelihood(logits: Array, labels: ArrayLike) -> Array:
+    """[B, H, W]: the log softmax of the true class at each pixel (of class 0 where the label is ignored)."""
+    labels = jnp.asarray(labels)
+    classes = jnp.where(labels == IGNORE_LABEL, 0, labels).astype(jnp.int32)
+    one_hot = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
+    # A masked sum rather than a gather: its gradient is no scatter, which is slow on every device.
+    return jnp.where(one_hot, jax.nn.log_softmax(_wide(logits)), 0).sum(-1)
+
+
+def _wide(logits: Array) -> Array:
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _mean(values: Array, weights: Array) -> Array:
+    # Not weights.sum() + epsilon: a batch in which nothing counts is to give 0, any other the exact mean.
+    return (values * weights).sum() / jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
+
+
+def cross_entropy(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
+    """Mean over pixels of -log softmax(logits)[label], a scalar. Uniform logits give log C."""
+    return _mean(-log_likelihood(logits, labels), pixel_weights(labels, weights))
+
+
+def log_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
+    """The Dice loss of the reproduced runs, a scalar: -log(2I / (I + N + 1e-6)).
+
+    I is the softmax of the true class summed over all pixels of the batch, N their number: it depends on the mean
+    probability of the truth alone. Uniform logits of three classes give log 2, perfect ones 0.
+    """
+    counts = pixel_weights(labels, weights)
+    intersection = (jnp.exp(log_likelihood(logits, labels)) * counts).sum()
+    total = counts.sum()
+    # A batch in which nothing counts gives 0, not infinity.
+    ratio = 2 * intersection / (intersection + total + 1e-6)
+    return -jnp.log(jnp.where(total > 0, ratio, 1))
+
+
+def soft_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
+    """One minus the soft Dice coefficient of each class over the batch, averaged over the classes that occur in it.
+
+    2 sum(p y) / (sum(p) + sum(y)) with p the softmax, y the one-hot truth (Milletari, Navab, Ahmadi 2016,
+    arXiv:1606.04797, without the squares). A scalar; classes absent from the truth of the batch are left out.
+    """
+    counts = pixel_weights(labels, weights)[..., None]
+    truth = jax.nn.one_hot(labels, logits.shape[-1], dtype=counts.dtype) * counts
+    probabilities = jax.nn.softmax(_wide(logits)) * counts
+    axes = (0, 1, 2)
+    overlap, present = (probabilities * truth).sum(axes), truth.sum(axes)
+    dice = 2 * overlap / jnp.maximum(probabilities.sum(axes) + present, 1e-6)
+    return _mean(1 - dice, (present > 0).astype(counts.dtype))
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "log_dice": log_dice, "soft_dice": soft_dice}
+
+
+def make_loss(text: str) -> Loss:
+    """The loss that a text such as "cross_entropy+0.5*soft_dice" names (config.loss_terms), as one function.
+
+    Raises:
+      InputError: the text names no loss.
+    """
+    terms = loss_terms(text)
+
+    def loss(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
+        return jnp.stack([weight * LOSSES[name](logits, labels, weights) for weight, name in terms]).sum()
+
+    return loss

@@ -1,0 +1,78 @@
+"""Segmentation metrics: sums made on the device picture by picture, scores made from them on the host."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from unet_jax.losses import log_likelihood, pixel_weights
+
+
+class PictureSums(NamedTuple):
+    """What the scores are made of, for each of N pictures; padding pictures have zeros."""
+
+    confusion: Array | np.ndarray  # [N, C, C] int32: pixels of true class (row) predicted as class (column)
+    log_likelihood: Array | np.ndarray  # [N] float32: the true class's log probability, summed over pixels that count
+    likelihood: Array | np.ndarray  # [N] float32: likewise its probability
+
+
+def picture_sums(logits: Array, labels: ArrayLike, weights: ArrayLike) -> PictureSums:
+    """Sums over the pixels that count of logits [N, H, W, C] against labels [N, H, W] with weights [N] of 0 or 1."""
+    classes = logits.shape[-1]
+    counts = pixel_weights(labels, weights)
+    truth = jax.nn.one_hot(labels, classes, dtype=jnp.float32) * counts[..., None]
+    predicted = jax.nn.one_hot(logits.argmax(-1), classes, dtype=jnp.float32)
+    # Zeros and ones, summed in float32 over one picture: exact up to 2^24 pixels.
+    confusion = jnp.einsum("nhwt,nhwp->ntp", truth, predicted, preferred_element_type=jnp.float32)
+    log_p = log_likelihood(logits, labels)
+    return PictureSums(confusion.astype(jnp.int32), (log_p * counts).sum((1, 2)), (jnp.exp(log_p) * counts).sum((1, 2)))
+
+
+def class_scores(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """IoU and Dice [..., C] of confusion matrices [..., C, C]; NaN for a class neither true nor predicted anywhere."""
+    overlap = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
+    total = confusion.sum(-1) + confusion.sum(-2)
+    with np.errstate(invalid="ignore"):
+        return overlap / (total - overlap), 2 * overlap / total
+
+
+def mean_iou(confusion: np.ndarray) -> np.ndarray:
+    """Mean IoU [...] of confusion matrices [..., C, C], over the classes that are true or predicted somewhere."""
+    iou, _ = class_scores(confusion)
+    occurs = ~np.isnan(iou)
+    return np.where(occurs, iou, 0).sum(-1) / np.maximum(occurs.sum(-1), 1)
+
+
+def scores(sums: PictureSums, class_names: Sequence[str]) -> dict[str, Any]:
+    """The metrics of a split, in JSON's types, from its pictures' sums (all pixels of all pictures counted alike).
+
+    IoU and Dice come from the confusion matrix of the whole split (not averaged over pictures); a class that occurs
+    neither in the truth nor in the predictions has None and is left out of mean_iou. test_log_dice takes the split as
+    one batch. binary_iou, where a class is called background, is that of everything else against it.
+    """
+    confusion = np.asarray(sums.confusion, np.int64).sum(0)
+    pixels = max(int(confusion.sum()), 1)
+    likelihood = float(np.asarray(sums.likelihood, float).sum()) / pixels
+    iou, dice = class_scores(confusion)
+    result: dict[str, Any] = {
+        "test_cross_entropy": -float(np.asarray(sums.log_likelihood, float).sum()) / pixels,
+        "test_log_dice": -float(np.log(2 * likelihood / (likelihood + 1 + 1e-6 / pixels))) if likelihood else None,
+        "pixel_accuracy": float(np.trace(confusion)) / pixels,
+        "mean_iou": float(mean_iou(confusion)),
+        "iou": _by_name(class_names, iou),
+        "dice": _by_name(class_names, dice),
+    }
+    if "background" in class_names and len(class_names) > 1:
+        ground = class_names.index("background")
+        is_object = np.arange(len(class_names)) != ground
+        overlap = confusion[np.ix_(is_object, is_object)].sum()
+        result["binary_iou"] = float(overlap / max(confusion.sum() - confusion[ground, ground], 1))
+    return result
+
+
+def _by_name(class_names: Sequence[str], values: np.ndarray) -> dict[str, float | None]:
+    return {n: None if np.isnan(v) else float(v) for n, v in zip(class_names, values, strict=True)}

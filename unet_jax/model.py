@@ -1,0 +1,85 @@
+"""The U-Net (Ronneberger, Fischer, Brox 2015, arXiv:1505.04597), with padding so that sizes are kept.
+
+Encoder blocks of widths[0], widths[1], ... with downsampling between them, decoder blocks back up, each fed with
+[skip, upsampled]; then a 3x3 and a 1x1 convolution to the logits. Parameter names and shapes are stable.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from unet_jax.config import Downsampling, Upsampling, check_size
+from unet_jax.layers import BatchNorm, Conv, TransposedConv, max_pool, resize_double
+
+
+class DoubleConv(nn.Module):
+    """(conv 3x3 -> ReLU -> batch norm) twice, then dropout: [N, H, W, I] to [N, H, W, features]."""
+
+    features: int
+    dropout_rate: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        for i in (1, 2):
+            x = Conv(self.features, dtype=self.dtype, name=f"conv{i}")(x)
+            x = BatchNorm(relu_first=True, name=f"norm{i}")(x, train)
+        return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width and sets the features: [N, H, W, I] to [N, 2H, 2W, features]."""
+
+    features: int
+    method: Upsampling
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        if self.method == "transposed_conv":
+            return TransposedConv(self.features, dtype=self.dtype, name="conv")(x)
+        # The reference resizes first. The 1x1 conv commutes with the resize (whose weights sum to 1 at each output
+        # pixel, so the bias passes too) and costs a quarter before it.
+        x = resize_double(Conv(self.features, kernel_size=1, dtype=self.dtype, name="conv")(x))
+        return nn.relu(BatchNorm(name="norm")(x, train))
+
+
+class UNet(nn.Module):
+    """Images [N, H, W, C], H and W multiples of 2^(levels-1), to float32 (or float64) logits [N, H, W, num_classes].
+
+    Dropout draws from the "dropout" key when `train`; batch norm's running statistics are in "batch_stats". `dtype` is
+    what the layers compute in; parameters and statistics are float32.
+
+    Raises:
+      InputError: height or width is not a multiple of 2^(levels-1).
+    """
+
+    downsampling: Downsampling = "max_pool"
+    upsampling: Upsampling = "transposed_conv"
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    num_classes: int = 3
+    dropout_rate: float = 0.3
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False) -> Array:
+        check_size(images.shape[1], images.shape[2], len(self.widths))
+        x, skips, levels = images, [], len(self.widths)
+        for i, width in enumerate(self.widths):
+            # Dropout in the two deepest blocks of the encoder, as in the reproduced runs.
+            rate = self.dropout_rate if i >= levels - 2 else 0.0
+            x = DoubleConv(width, rate, dtype=self.dtype, name=f"encoder{i + 1}")(x, train)
+            if i < levels - 1:
+                skips.append(x)
+                if self.downsampling == "max_pool":
+                    x = max_pool(x)
+                else:
+                    x = Conv(width, strides=2, dtype=self.dtype, name=f"down{i + 1}")(x)
+        for i, (width, skip) in reversed(list(enumerate(zip(self.widths[:-1], skips, strict=True)))):
+            x = Upsample(width, self.upsampling, dtype=self.dtype, name=f"up{i + 1}")(x, train)
+            x = jnp.concatenate([skip, x], axis=-1)
+            x = DoubleConv(width, dtype=self.dtype, name=f"decoder{i + 1}")(x, train)
+        x = Conv(self.widths[0], dtype=self.dtype, name="head")(x)
+        logits = Conv(self.num_classes, kernel_size=1, dtype=self.dtype, name="logits")(x)
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))

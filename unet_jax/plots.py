@@ -1,0 +1,108 @@
+"""Arrays and records to matplotlib Figures; the caller saves them."""
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:  # matplotlib takes a second to import: only who draws waits for it
+    from matplotlib.figure import Figure
+
+# Distinct for the colour-blind too (Okabe and Ito), the pets' own order first: animal, ground, outline.
+COLOURS = ("#e69f00", "#24476b", "#f5f5f0", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+
+
+def palette(classes: int) -> np.ndarray:
+    """uint8 [classes, 3]: a colour for each class."""
+    named = [tuple(bytes.fromhex(c[1:])) for c in COLOURS[:classes]]
+    # Golden-angle hues beyond the named ones: neighbours stay apart however many there are.
+    more = [colorsys.hsv_to_rgb(i * 0.618 % 1, 0.65, 0.5 + 0.4 * (i % 2)) for i in range(len(named), classes)]
+    return np.array([*named, *[tuple(round(255 * v) for v in rgb) for rgb in more]], np.uint8).reshape(-1, 3)
+
+
+def colour_labels(labels: np.ndarray, classes: int) -> np.ndarray:
+    """uint8 [..., 3] colours of labels [...]; labels that are no class (ignored ones) are black."""
+    colours = np.concatenate([palette(classes), np.zeros((1, 3), np.uint8)])
+    return colours[np.minimum(labels, classes)]
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def metrics_figure(records: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+    """Losses, and IoU by class, over the epochs of metrics.jsonl's records."""
+    figure = _figure(10, 4)
+    figure.suptitle(title)
+    losses, iou = figure.subplots(1, 2)
+    epochs = [r["epoch"] for r in records]
+    losses.plot(epochs, [r["train_loss"] for r in records], "o-", ms=3, label="train (mean of the epoch)")
+    losses.plot(epochs, [r["test_loss"] for r in records], "o-", ms=3, label="test")
+    losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    iou.plot(epochs, [r["mean_iou"] for r in records], "k-o", ms=3, lw=2, label="mean")
+    for name in records[-1]["iou"]:
+        iou.plot(epochs, [r["iou"][name] for r in records], "o-", ms=2, lw=1, label=name)
+    iou.set(xlabel="epoch", ylabel="test IoU", ylim=(0, 1))
+    for axes in (losses, iou):
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def results_figure(
+    images: np.ndarray,
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    class_names: Sequence[str],
+    title: str,
+    row_titles: Sequence[str] = (),
+) -> "Figure":
+    """A row for each of N pictures: image uint8 [N, H, W, 3], true and predicted labels [N, H, W] in colours."""
+    from matplotlib.patches import Patch
+
+    count = len(images)
+    figure = _figure(6.2, 2.05 * count + 0.9)
+    figure.suptitle(title)
+    grid = figure.subplots(count, 3, squeeze=False)
+    for i, row in enumerate(grid):
+        columns = (
+            images[i],
+            colour_labels(labels[i], len(class_names)),
+            colour_labels(predictions[i], len(class_names)),
+        )
+        for axes, picture in zip(row, columns, strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+        if row_titles:
+            row[0].set_ylabel(row_titles[i], fontsize=8)
+    for axes, name in zip(grid[0], ("image", "true mask", "predicted mask"), strict=True):
+        axes.set_title(name)
+    patches = [
+        Patch(facecolor=colour / 255, edgecolor="grey", label=name)
+        for colour, name in zip(palette(len(class_names)), class_names, strict=True)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6), frameon=False)
+    return figure
+
+
+def comparison_figure(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], published: Mapping[str, Mapping[int, float]], title: str
+) -> "Figure":
+    """A panel for each run: train and test loss by epoch over the published test losses {epoch: loss}."""
+    figure = _figure(3.4 * len(runs), 3.6)
+    figure.suptitle(title)
+    for axes, (name, records) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
+        points = published.get(name, {})
+        axes.plot(list(points), list(points.values()), "kx", ms=5, label="test, published")
+        epochs = [r["epoch"] for r in records]
+        axes.plot(epochs, [r["train_loss"] for r in records], "o-", ms=2, lw=1, label="train")
+        axes.plot(epochs, [r["test_loss"] for r in records], "o-", ms=3, label="test")
+        axes.set(title=name, xlabel="epoch", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,139 @@
+"""The folder of a run: its files, who may write them, and how a run is read back."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from unet_jax.checkpoint import Restored, restore
+from unet_jax.config import RunConfig, from_dict
+from unet_jax.device import Placement, describe
+from unet_jax.errors import InputError
+from unet_jax.train import TrainState, init_state, make_model, make_optimizer
+
+FILES = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "metrics.png", "results.png")
+PACKAGES = ("unet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "pillow")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: a kill or a full disk leaves the one before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_records(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Makes metrics.jsonl hold these records, a line each."""
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def environment() -> dict[str, Any]:
+    """Where and how a run is made: versions, devices, command, git commit where there is one."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {
+        "device": describe().removeprefix("device: "),
+        "backend": jax.default_backend(),
+        "devices": jax.device_count(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": commit,
+    }
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The config of the run in `folder`.
+
+    Raises:
+      InputError: there is no run, or its config cannot be read.
+    """
+    try:
+        return from_dict(json.loads((folder / "config.json").read_text()))
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no run folder: it has no config.json") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}/config.json cannot be read ({error})") from None
+    except InputError as error:
+        raise InputError(f"{folder}/config.json: {error}") from None
+
+
+def load(folder: Path, placement: Placement, config: RunConfig | None = None) -> tuple[RunConfig, Restored]:
+    """The config of the run in `folder` and its newest sound checkpoint.
+
+    Raises:
+      InputError: there is no run, or no checkpoint that can be read.
+    """
+    config = config or read_config(folder)
+    return config, restore(folder / "checkpoints", abstract_state(config), placement.replicated)
+
+
+def abstract_state(config: RunConfig) -> TrainState:
+    """Shapes and dtypes of the run's train state."""
+    model = make_model(config.model, len(config.data.class_names))
+    return jax.eval_shape(lambda: init_state(model, make_optimizer(config.train), config.train.seed))
+
+
+def is_finished(folder: Path, epochs: int) -> bool:
+    """Whether the run in `folder` has had that many epochs and its summary been written."""
+    try:
+        return json.loads((folder / "summary.json").read_text())["epochs"] >= epochs
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def clear(folder: Path) -> None:
+    """Removes a run's own files from its folder, and nothing else."""
+    (folder / "config.json").unlink(missing_ok=True)  # first: without it what is left is no run
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps it for this process alone.
+
+    Raises:
+      InputError: another process trains there, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --workdir") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another process trains in {folder}: wait for it, or choose another --workdir") from None
+        yield
