@@ -6,11 +6,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import tyro
 
-from unet_jax.config import VARIANTS, RunConfig, check_config, default_config, differences, to_dict
+from unet_jax.config import VARIANTS, DatasetName, RunConfig, check_config, default_config, differences, to_dict
 from unet_jax.errors import InputError, exit_on_input_error
 
 # JAX and what builds on it are imported where work begins, so that --help and a mistyped flag answer at once.
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str]) -> list[Options]:
     """The options of each run asked for: the flags given, over the defaults of its variant and dataset."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--variant", default="mp_tr_dice")
-    first.add_argument("--dataset", choices=["auto", "oxford_iiit_pet", "synthetic"], default="auto")
+    first.add_argument("--dataset", choices=get_args(DatasetName), default="auto")
     first.add_argument("--data-dir", "--data_dir")
     first.add_argument("--download", action="store_true")
     chosen, _ = first.parse_known_args(argv)
@@ -68,6 +68,10 @@ def parse(argv: Sequence[str]) -> list[Options]:
         data = dataclasses.replace(options.config.data, dataset=dataset)
         config = dataclasses.replace(options.config, variant=name, data=data)
         check_config(config)
+        from unet_jax.data.datasets import complete
+
+        config = complete(config)
+        check_config(config)  # again, with the classes of a folder
         folder = Path(options.workdir or ("runs" if chosen.variant == "all" else f"runs/{name}"))
         folder = folder / name if chosen.variant == "all" else folder
         if notice and not options.workdir:

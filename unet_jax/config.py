@@ -13,12 +13,13 @@ import dacite
 from unet_jax.errors import InputError
 
 FORMAT_VERSION = 1  # of config.json
+FOLDER_BATCH_SIZE = 16  # the default, and never more than there are training pictures
 IGNORE_LABEL = 255  # pixels with this label count in no loss, no gradient and no metric
 
 Downsampling = Literal["max_pool", "strided_conv"]
 Upsampling = Literal["transposed_conv", "resize"]
 Precision = Literal["auto", "float32", "bfloat16"]
-DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic"]
+DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic", "folder"]
 
 
 class Variant(NamedTuple):
@@ -44,9 +45,9 @@ class DataConfig:
     """The pictures."""
 
     dataset: DatasetName = "auto"
-    """auto: the prepared pets, else download them, else synthetic pets."""
+    """auto: the prepared pets, else download them, else synthetic pets; folder: the pictures in --data-dir."""
     data_dir: str | None = None
-    """Folder of the prepared dataset. Default: the one of tensorflow-datasets."""
+    """Folder of the prepared dataset (default: the one of tensorflow-datasets), or with images/ and masks/ of yours."""
     image_size: int = 240
     """Height and width that pictures are resized to; a multiple of 2^(levels-1)."""
     train_examples: int | None = None
@@ -54,7 +55,9 @@ class DataConfig:
     test_examples: int | None = None
     """The first N test pictures. Default: all."""
     class_names: tuple[str, ...] = ("pet", "background", "border")
-    """A name for each class, in the order of the labels."""
+    """A name for each class, in the order of the labels. Default for a folder: of its classes.json, or counted."""
+    test_fraction: float = 0.2
+    """Share of a folder's pictures that the test split gets, where it has no train.txt or test.txt."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,17 @@ class TrainConfig:
     loss: str = "cross_entropy"
     """cross_entropy, log_dice, soft_dice, or a weighted sum such as cross_entropy+0.5*soft_dice."""
     batch_size: int = 64
-    """Pictures per step, over all devices."""
+    """Pictures per step, over all devices. Default for a folder: 16, or all training pictures if those are fewer."""
     epochs: int = 25
     """Passes over the training pictures."""
     learning_rate: float = 1e-3
     """Adam's step size."""
     seed: int = 0
-    """Of the initial weights, the order of the pictures, dropout, and the synthetic pets."""
+    """Of the initial weights, the order of the pictures, dropout, the synthetic pets, and a folder's test split."""
     init_from: str | None = None
     """Run folder whose parameters and batch norm statistics training starts from."""
+    class_weights: tuple[float, ...] = ()
+    """How much a pixel of each class counts in cross_entropy: the weighted mean over pixels. Default: all the same."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,9 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
         # Small enough for minutes on two cores: the bare command is to show learning anywhere.
         data = DataConfig(dataset, image_size=64, train_examples=480, test_examples=120)
         return RunConfig(variant, data, model, TrainConfig(row.loss, batch_size=16, epochs=8))
+    if dataset == "folder":
+        data = DataConfig(dataset, class_names=())
+        return RunConfig(variant, data, model, TrainConfig(row.loss, FOLDER_BATCH_SIZE))
     return RunConfig(variant, DataConfig(dataset), model, TrainConfig(row.loss, row.batch_size))
 
 
@@ -155,8 +163,16 @@ def check_config(config: RunConfig) -> None:
         raise InputError(f"--dropout-rate is {model.dropout_rate}: it must be at least 0 and below 1")
     if train.seed < 0:
         raise InputError(f"--seed is {train.seed}: it must not be negative")
+    if not 0 < data.test_fraction < 1:
+        raise InputError(f"--test-fraction is {data.test_fraction}: it must be above 0 and below 1")
     check_size(data.image_size, data.image_size, len(model.widths))
-    loss_terms(train.loss)
+    names = [name for _, name in loss_terms(train.loss)]
+    if train.class_weights and "cross_entropy" not in names:
+        raise InputError(f"--class-weights are those of cross_entropy, which --loss {train.loss} lacks")
+    if not all(0 <= weight < math.inf for weight in train.class_weights) or set(train.class_weights) == {0}:
+        raise InputError(f"--class-weights are {train.class_weights}: they must be finite, not negative, and not all 0")
+    if train.class_weights and data.class_names and len(train.class_weights) != len(data.class_names):
+        raise InputError(f"--class-weights are {len(train.class_weights)}, the classes {', '.join(data.class_names)}")
 
 
 def loss_terms(text: str) -> tuple[tuple[float, str], ...]:
@@ -172,7 +188,7 @@ def loss_terms(text: str) -> tuple[tuple[float, str], ...]:
             weight = float(match[1] or 1) if match else 0.0
         except ValueError:
             weight = 0.0
-        if not match or weight <= 0:
+        if not match or not 0 < weight < math.inf:
             raise InputError(
                 f"--loss has the term {term!r}: write cross_entropy, log_dice, soft_dice,"
                 " or a sum such as cross_entropy+0.5*soft_dice"
@@ -198,7 +214,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         raise InputError(f"the config has format version {version}, this version of unet_jax reads {FORMAT_VERSION}")
     try:
         return dacite.from_dict(RunConfig, fields, dacite.Config(cast=[tuple], strict=True))
-    except dacite.DaciteError as error:
+    except (dacite.DaciteError, TypeError) as error:  # TypeError: a number for a list
         raise InputError(f"the config was made by another version, or edited by hand: {error}") from None
 
 

@@ -3,6 +3,7 @@
 Layout is NHWC, kernels are HWIO. Parameters keep the names and shapes of the linen layers that they stand for.
 """
 
+import math
 from functools import partial
 
 import flax.linen as nn
@@ -25,9 +26,87 @@ def bias_init(fan_in: int) -> nn.initializers.Initializer:
 def conv(x: Array, kernel: Array, strides: int = 1, padding: int | tuple[int, int] = 0) -> Array:
     """2-D convolution of x [N, H, W, I] with kernel [h, w, I, O], the same zero padding (low, high) on both axes."""
     pad = (padding, padding) if isinstance(padding, int) else padding
-    return lax.conv_general_dilated(
-        x, kernel, (strides, strides), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (strides, strides), (pad, pad), dimension_numbers=dimensions)
+
+
+def channel_sum(x: Array) -> Array:
+    """Sum of x [..., C] over all axes but the last: [C]."""
+    return lax.platform_dependent(x, cpu=_channel_sum_cpu, default=_channel_sum)
+
+
+def _channel_sum(x: Array) -> Array:
+    return x.sum(tuple(range(x.ndim - 1)))
+
+
+def _channel_sum_cpu(x: Array) -> Array:
+    # XLA's CPU backend sums long axes by windows of 32, unfused and unvectorized: up to 15x slower than a sum over a
+    # short axis, which it fuses with what makes x and vectorizes over the channels. So: sums of up to 32 rows, then
+    # their sum as a matrix product (as a second sum, even behind a barrier, XLA merges it with the first: slow again).
+    rows, channels = x.size // x.shape[-1], x.shape[-1]
+    group = math.gcd(rows, 32)
+    partial_sums = x.astype(_statistics_dtype(x)).reshape(rows // group, group, channels).sum(1)
+    return jnp.dot(jnp.ones(rows // group, partial_sums.dtype), partial_sums, precision="highest").astype(x.dtype)
+
+
+@jax.custom_vjp
+def add_bias(x: Array, bias: Array) -> Array:
+    """x [..., C] + bias [C]; the bias' gradient is a `channel_sum`."""
+    return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), lambda _, g: (g, channel_sum(g)))
+
+
+@jax.custom_vjp
+def transposed_conv(x: Array, kernel: Array) -> Array:
+    """3x3 transposed convolution of stride 2 that doubles x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O].
+
+    PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1) without its bias. Dilating the input (the
+    textbook form) multiplies mostly zeros; here one 2x2 convolution computes the four output phases at once: along an
+    axis, output 2i sees w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1]. Its gradients are those of the map
+    that it transposes, the 3x3 convolution of stride 2: 9 taps where the 2x2 convolution's would have 16.
+    """
+    n, h, w, in_features = x.shape
+    out_features = kernel.shape[2]
+    zero = jnp.zeros_like(kernel[0])
+    rows = jnp.stack([jnp.stack([kernel[1], zero]), jnp.stack([kernel[2], kernel[0]])])  # [phase, tap, 3, O, I]
+    zero = jnp.zeros_like(rows[:, :, 0])
+    phases = jnp.stack(
+        [jnp.stack([rows[:, :, 1], zero]), jnp.stack([rows[:, :, 2], rows[:, :, 0]])]
+    )  # [phase_w, tap_w, phase_h, tap_h, O, I]
+    merged = phases.transpose(3, 1, 5, 2, 0, 4).reshape(2, 2, in_features, 4 * out_features)
+    y = conv(x, merged, padding=(0, 1)).reshape(n, h, w, 2, 2, out_features)
+    return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, out_features)
+
+
+def _transposed_conv_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    return conv(g, kernel, strides=2, padding=1), _halving_conv_kernel_grad(g, kernel, x)
+
+
+transposed_conv.defvjp(lambda x, kernel: (transposed_conv(x, kernel), (x, kernel)), _transposed_conv_bwd)
+
+
+@jax.custom_vjp
+def halving_conv(x: Array, kernel: Array) -> Array:
+    """3x3 convolution of stride 2 of x [N, 2H, 2W, I] with kernel [3, 3, I, O] to [N, H, W, O].
+
+    The automatic gradient to x dilates g, which is slow; here it is `transposed_conv`, its equal.
+    """
+    return conv(x, kernel, strides=2, padding=1)
+
+
+def _halving_conv_kernel_grad(x: Array, kernel: Array, g: Array) -> Array:
+    return jax.linear_transpose(lambda k: conv(x, k, strides=2, padding=1), kernel)(g)[0]
+
+
+def _halving_conv_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    return transposed_conv(g, kernel), _halving_conv_kernel_grad(x, kernel, g)
+
+
+halving_conv.defvjp(lambda x, kernel: (halving_conv(x, kernel), (x, kernel)), _halving_conv_bwd)
 
 
 class Conv(nn.Module):
@@ -43,28 +122,10 @@ class Conv(nn.Module):
         k, in_features = self.kernel_size, x.shape[-1]
         kernel = self.param("kernel", kernel_init, (k, k, in_features, self.features))
         bias = self.param("bias", bias_init(k * k * in_features), (self.features,))
-        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, k // 2)
-        return y + bias.astype(self.dtype)[None, None, None, :]
-
-
-def transposed_conv(x: Array, kernel: Array) -> Array:
-    """3x3 transposed convolution of stride 2 that doubles x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O].
-
-    PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1) without its bias. Dilating the input (the
-    textbook form) multiplies mostly zeros; here one 2x2 convolution computes the four output phases at once: along an
-    axis, output 2i sees w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1].
-    """
-    n, h, w, in_features = x.shape
-    out_features = kernel.shape[2]
-    zero = jnp.zeros_like(kernel[0])
-    rows = jnp.stack([jnp.stack([kernel[1], zero]), jnp.stack([kernel[2], kernel[0]])])  # [phase, tap, 3, O, I]
-    zero = jnp.zeros_like(rows[:, :, 0])
-    phases = jnp.stack(
-        [jnp.stack([rows[:, :, 1], zero]), jnp.stack([rows[:, :, 2], rows[:, :, 0]])]
-    )  # [phase_w, tap_w, phase_h, tap_h, O, I]
-    merged = phases.transpose(3, 1, 5, 2, 0, 4).reshape(2, 2, in_features, 4 * out_features)
-    y = conv(x, merged, padding=(0, 1)).reshape(n, h, w, 2, 2, out_features)
-    return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, out_features)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        halves = k == 3 and self.strides == 2 and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
+        y = halving_conv(x, kernel) if halves else conv(x, kernel, self.strides, k // 2)
+        return add_bias(y, bias.astype(self.dtype))
 
 
 class TransposedConv(nn.Module):
@@ -79,9 +140,7 @@ class TransposedConv(nn.Module):
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=2, out_axis=3)
         kernel = self.param("kernel", init, (3, 3, self.features, x.shape[-1]))
         bias = self.param("bias", bias_init(9 * self.features), (self.features,))
-        return (
-            transposed_conv(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)[None, None, None]
-        )
+        return add_bias(transposed_conv(x.astype(self.dtype), kernel.astype(self.dtype)), bias.astype(self.dtype))
 
 
 @jax.custom_vjp
@@ -122,23 +181,51 @@ def _max_pool_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array]:
 max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
-def interpolation_matrix(n: int, dtype: DTypeLike = np.float32) -> np.ndarray:
-    """[2n, n] matrix of the linear interpolation that doubles n points, first and last kept (aligned corners)."""
-    positions = np.arange(2 * n) * ((n - 1) / (2 * n - 1))
-    low = np.minimum(positions.astype(int), max(n - 2, 0))
-    matrix = np.zeros((2 * n, n))
-    matrix[np.arange(2 * n), low] = 1 - (positions - low)
-    matrix[np.arange(2 * n), np.minimum(low + 1, n - 1)] += positions - low
-    return matrix.astype(dtype)
+def _blend_weights(x: Array, axis: int) -> tuple[Array, Array]:
+    # Aligned corners put output j of 2n at j (n-1)/(2n-1): 2i at i - i/(2n-1), 2i+1 at i + (n-1-i)/(2n-1).
+    n = x.shape[axis]
+    to_previous = np.arange(n).reshape([n if a == axis else 1 for a in range(x.ndim)]) / (2 * n - 1)
+    return jnp.asarray(to_previous, x.dtype), jnp.asarray(np.flip(to_previous, axis), x.dtype)
+
+
+def _shift(x: Array, axis: int, step: int) -> Array:
+    """x[i + step] at i along the axis for step +-1, zeros beyond the end."""
+    n = x.shape[axis]
+    inner = lax.slice_in_dim(x, max(step, 0), n + min(step, 0), axis=axis)
+    return jnp.pad(inner, [(max(-step, 0), max(step, 0)) if a == axis else (0, 0) for a in range(x.ndim)])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def double_axis(x: Array, axis: int) -> Array:
+    """Linear interpolation that doubles the points along an axis, first and last kept (aligned corners).
+
+    Output 2i lies between x[i-1] and x[i], output 2i+1 between x[i] and x[i+1]: a few passes over x, where a matrix
+    product multiplies mostly zeros. The automatic gradient would pad each slice; the hand-written one shifts too.
+    """
+    previous, following = _blend_weights(x, axis)
+    even = (1 - previous) * x + previous * _shift(x, axis, -1)
+    odd = (1 - following) * x + following * _shift(x, axis, 1)
+    shape = (*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
+    return jnp.stack([even, odd], axis + 1).reshape(shape)
+
+
+def _double_axis_bwd(axis: int, _: None, g: Array) -> tuple[Array]:
+    pairs = g.reshape(*g.shape[:axis], g.shape[axis] // 2, 2, *g.shape[axis + 1 :])
+    even, odd = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+    previous, following = _blend_weights(even, axis)
+    own = (1 - previous) * even + (1 - following) * odd
+    return (own + _shift(previous * even, axis, 1) + _shift(following * odd, axis, -1),)
+
+
+double_axis.defvjp(lambda x, axis: (double_axis(x, axis), None), _double_axis_bwd)
 
 
 def resize_double(x: Array) -> Array:
     """Bilinear resize with aligned corners: x [N, H, W, C] to [N, 2H, 2W, C]; a single pixel is repeated.
 
-    `jax.image.resize` does not align corners. Two small matrix products do, and differentiate well.
+    `jax.image.resize` does not align corners.
     """
-    rows, columns = (interpolation_matrix(n, x.dtype) for n in x.shape[1:3])
-    return jnp.einsum("Hh,nhWc->nHWc", rows, jnp.einsum("Ww,nhwc->nhWc", columns, x))
+    return double_axis(double_axis(x, 2), 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -154,7 +241,7 @@ def normalize(x: Array, scale: Array, bias: Array, epsilon: float, relu_first: b
 
 
 def _statistics_dtype(x: Array) -> DTypeLike:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return np.promote_types(x.dtype, np.float32)  # jnp's refuses bfloat16 where promotion is strict
 
 
 def _normalize(
@@ -163,8 +250,9 @@ def _normalize(
     wide = _statistics_dtype(x)
     a = jnp.maximum(x, 0) if relu_first else x
     a = a.astype(wide)
-    mean = a.mean((0, 1, 2))
-    var = jnp.maximum(jnp.square(a).mean((0, 1, 2)) - jnp.square(mean), 0)
+    count = x.size // x.shape[-1]
+    mean = channel_sum(a) / count
+    var = jnp.maximum(channel_sum(jnp.square(a)) / count - jnp.square(mean), 0)
     inverse = lax.rsqrt(var + epsilon)
     gain = scale.astype(wide) * inverse
     shift = bias.astype(wide) - mean * gain
@@ -182,8 +270,8 @@ def _normalize_bwd(epsilon: float, relu_first: bool, residuals: tuple, grads: tu
     g = grads[0].astype(wide)
     a = (jnp.maximum(x, 0) if relu_first else x).astype(wide)
     centred = (a - mean[None, None, None]) * inverse[None, None, None]
-    d_bias = g.sum((0, 1, 2))
-    d_scale = (g * centred).sum((0, 1, 2))
+    d_bias = channel_sum(g)
+    d_scale = channel_sum(g * centred)
     count = x.size // x.shape[-1]
     gain = (scale.astype(wide) * inverse)[None, None, None]
     dx = gain * (g - (d_bias / count)[None, None, None] - centred * (d_scale / count)[None, None, None])

@@ -3,10 +3,12 @@
 `weights` [B] says how much each example counts (0: padding); pixels labelled IGNORE_LABEL count in nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -31,7 +33,7 @@ def log_likelihood(logits: Array, labels: ArrayLike) -> Array:
 
 
 def _wide(logits: Array) -> Array:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return logits.astype(np.promote_types(logits.dtype, np.float32))
 
 
 def _mean(values: Array, weights: Array) -> Array:
@@ -39,9 +41,19 @@ def _mean(values: Array, weights: Array) -> Array:
     return (values * weights).sum() / jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
 
 
-def cross_entropy(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
-    """Mean over pixels of -log softmax(logits)[label], a scalar. Uniform logits give log C."""
-    return _mean(-log_likelihood(logits, labels), pixel_weights(labels, weights))
+def cross_entropy(
+    logits: Array, labels: ArrayLike, weights: ArrayLike | None = None, class_weights: Sequence[float] = ()
+) -> Array:
+    """Mean over pixels of -log softmax(logits)[label], a scalar. Uniform logits give log C.
+
+    class_weights [C]: the mean is weighted, sum(w[label] * -log softmax[label]) / sum(w[label]) over the batch's
+    pixels, as that of torch.nn.CrossEntropyLoss(weight=w).
+    """
+    counts = pixel_weights(labels, weights)
+    if class_weights:
+        # Ignored labels are clipped to a class, of which they count nothing.
+        counts = counts * jnp.take(jnp.asarray(class_weights, counts.dtype), jnp.asarray(labels), mode="clip")
+    return _mean(-log_likelihood(logits, labels), counts)
 
 
 def log_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
@@ -76,15 +88,18 @@ def soft_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "log_dice": log_dice, "soft_dice": soft_dice}
 
 
-def make_loss(text: str) -> Loss:
+def make_loss(text: str, class_weights: Sequence[float] = ()) -> Loss:
     """The loss that a text such as "cross_entropy+0.5*soft_dice" names (config.loss_terms), as one function.
+
+    class_weights [C] are those of cross_entropy; the other terms have none.
 
     Raises:
       InputError: the text names no loss.
     """
     terms = loss_terms(text)
+    losses: dict[str, Loss] = {**LOSSES, "cross_entropy": partial(cross_entropy, class_weights=class_weights)}
 
     def loss(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
-        return jnp.stack([weight * LOSSES[name](logits, labels, weights) for weight, name in terms]).sum()
+        return jnp.stack([weight * losses[name](logits, labels, weights) for weight, name in terms]).sum()
 
     return loss

@@ -6,6 +6,7 @@ Encoder blocks of widths[0], widths[1], ... with downsampling between them, deco
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -82,4 +83,4 @@ class UNet(nn.Module):
             x = DoubleConv(width, dtype=self.dtype, name=f"decoder{i + 1}")(x, train)
         x = Conv(self.widths[0], dtype=self.dtype, name="head")(x)
         logits = Conv(self.num_classes, kernel_size=1, dtype=self.dtype, name="logits")(x)
-        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+        return logits.astype(np.promote_types(self.dtype, np.float32))

@@ -17,7 +17,8 @@ def palette(classes: int) -> np.ndarray:
     """uint8 [classes, 3]: a colour for each class."""
     named = [tuple(bytes.fromhex(c[1:])) for c in COLOURS[:classes]]
     # Golden-angle hues beyond the named ones: neighbours stay apart however many there are.
-    more = [colorsys.hsv_to_rgb(i * 0.618 % 1, 0.65, 0.5 + 0.4 * (i % 2)) for i in range(len(named), classes)]
+    beyond = range(len(named), classes)
+    more = [colorsys.hsv_to_rgb((0.55 + 0.618 * i) % 1, 0.75, 0.55 + 0.35 * (i % 2)) for i in beyond]
     return np.array([*named, *[tuple(round(255 * v) for v in rgb) for rgb in more]], np.uint8).reshape(-1, 3)
 
 

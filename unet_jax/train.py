@@ -114,7 +114,7 @@ class Steps(NamedTuple):
 def make_steps(config: RunConfig, placement: Placement, deterministic: bool = False) -> Steps:
     """Jits the steps of a run: state replicated, batch split over the devices, loss and statistics over all of it."""
     model = make_model(config.model, len(config.data.class_names))
-    optimizer, loss_fn = make_optimizer(config.train), make_loss(config.train.loss)
+    optimizer, loss_fn = make_optimizer(config.train), make_loss(config.train.loss, config.train.class_weights)
     whole, split = placement.replicated, placement.batch
     jit = partial(jax.jit, out_shardings=whole, compiler_options=compiler_options(deterministic))
     step = partial(train_step, seed=config.train.seed, model=model, optimizer=optimizer, loss_fn=loss_fn)
@@ -148,11 +148,12 @@ class NonFiniteLossError(Exception):
 
 
 class StepResult(NamedTuple):
-    """After each step: the state after it, and the loss of the epoch's steps that are known by now (one may lack)."""
+    """After each step: the state after it, its loss (on the device, maybe not ready), those before it."""
 
     epoch: int
     step_of_epoch: int
     state: TrainState
+    loss: Array
     losses: list[float]
 
 
@@ -188,7 +189,7 @@ def fit(
             if pending is not None:  # fetched a step late, so that the device always has its next step queued
                 known.append(_finite(pending, epoch, i - 1))
             pending = loss
-            yield StepResult(epoch, i, state, known)
+            yield StepResult(epoch, i, state, loss, known)
         known.append(_finite(pending, epoch, len(train)))
         seconds = time.perf_counter() - start
         scores_, _ = evaluate(steps.evaluate, state, test, config.data.class_names)

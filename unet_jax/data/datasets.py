@@ -1,8 +1,9 @@
 """From a config's dataset to its sources: which dataset it is to be, and where it comes from."""
 
+import dataclasses
 from pathlib import Path
 
-from unet_jax.config import DataConfig, DatasetName
+from unet_jax.config import FOLDER_BATCH_SIZE, DataConfig, DatasetName, RunConfig
 from unet_jax.data import oxford_iiit_pet, synthetic
 from unet_jax.data.source import Source
 from unet_jax.errors import InputError
@@ -16,6 +17,10 @@ def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple
     """
     if dataset == "synthetic":
         return "synthetic", None
+    if dataset == "folder":
+        if not data_dir:
+            raise InputError("--dataset folder needs --data-dir, a folder that holds images/ and masks/")
+        return "folder", None
     folder = Path(data_dir) if data_dir else oxford_iiit_pet.default_data_dir()
     if oxford_iiit_pet.is_prepared(folder):
         return "oxford_iiit_pet", None
@@ -32,6 +37,23 @@ def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple
     return "synthetic", f"{missing}.\nTraining on SYNTHETIC PETS instead: the scores say nothing about real pictures."
 
 
+def complete(config: RunConfig) -> RunConfig:
+    """A resolved config with what it leaves to a folder: the class names, and a default batch that is not too large.
+
+    Raises:
+      InputError: the folder cannot be used.
+    """
+    data, train = config.data, config.train
+    if data.dataset != "folder":
+        return config
+    source = sources(data, train.seed)["train"]
+    if train.batch_size == FOLDER_BATCH_SIZE:
+        train = dataclasses.replace(
+            train, batch_size=min(FOLDER_BATCH_SIZE, source.size, data.train_examples or source.size)
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(data, class_names=source.class_names), train=train)
+
+
 def sources(config: DataConfig, seed: int) -> dict[str, Source]:
     """The sources of a resolved config by split name; the pets are downloaded and prepared if they are not there.
 
@@ -41,7 +63,11 @@ def sources(config: DataConfig, seed: int) -> dict[str, Source]:
     if config.dataset == "synthetic":
         counts = {"train": config.train_examples or 480, "test": config.test_examples or 120}
         return {split: synthetic.source(split, n, config.image_size, seed) for split, n in counts.items()}
-    folder = Path(config.data_dir) if config.data_dir else oxford_iiit_pet.default_data_dir()
-    if not oxford_iiit_pet.is_prepared(folder):
-        oxford_iiit_pet.prepare(folder)
-    return {split: oxford_iiit_pet.source(folder, split) for split in ("train", "test")}
+    if config.dataset == "folder":
+        from unet_jax.data import folder  # with JAX, for which other datasets' checks of flags are not to wait
+
+        return folder.sources(Path(config.data_dir or "."), config.class_names, config.test_fraction, seed)
+    data_dir = Path(config.data_dir) if config.data_dir else oxford_iiit_pet.default_data_dir()
+    if not oxford_iiit_pet.is_prepared(data_dir):
+        oxford_iiit_pet.prepare(data_dir)
+    return {split: oxford_iiit_pet.source(data_dir, split) for split in ("train", "test")}

@@ -1,0 +1,192 @@
+"""Times our steps against PyTorch's on this device: `pip install -e '.[bench]' && python experiments/benchmark.py`.
+
+Every contender of a cell (variant, train step or inference, picture size, batch) runs in turn within one process, so
+that a drift of the machine's speed hits all alike; read the ratios, not the seconds. A step is one on a constant batch
+that lies on the device: training is forward, loss, gradient and Adam; inference is pictures to logits. PyTorch runs
+eager and through torch.compile (inference; on a GPU training too), channels_last, on a GPU with bfloat16 autocast.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share the GPU's memory here
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytorch_reference
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+from unet_jax import device, runs, train
+from unet_jax.config import VARIANTS, default_config
+from unet_jax.data.batches import Batch
+from unet_jax.errors import exit_on_input_error
+
+ON_GPU = jax.default_backend() == "gpu"
+Work = Literal["train", "inference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The grid of cells."""
+
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    work: tuple[Work, ...] = ("train", "inference")
+    sizes: tuple[int, ...] = (128, 240)
+    batches: tuple[int, ...] = (32, 64, 128) if ON_GPU else (8, 16)
+    repeats: int = 20 if ON_GPU else 5
+    """Timed runs of each contender, after one that compiles."""
+    torch_compile: bool = True
+    """Include torch.compile, which takes its minute a cell."""
+    out: Path = Path("benchmark")
+    """Folder for benchmark.json, benchmark.md and benchmark.png."""
+
+
+def ours(variant: str, work: Work, images: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:
+    """A function that does one step of ours and waits for it."""
+    place = device.placement()
+    config = default_config(variant, "synthetic")
+    steps, model = train.make_steps(config, place), train.make_model(config.model, 3)
+    state = jax.device_put(train.init_state(model, train.make_optimizer(config.train), 0), place.replicated)
+    batch = jax.device_put(Batch(images, labels, np.ones(len(images), np.float32)), place.batch)
+    if work == "inference":
+        infer = jax.jit(functools.partial(train.infer, model=model), compiler_options=device.compiler_options())
+        return lambda: jax.block_until_ready(infer(state, batch.images))
+    states = [state]
+
+    def step() -> None:
+        states[0], loss = steps.train(states[0], batch)
+        jax.block_until_ready((states[0], loss))
+
+    return step
+
+
+def theirs(variant: str, work: Work, images: np.ndarray, labels: np.ndarray, compiled: bool) -> Callable[[], Any]:
+    """The same of PyTorch, with what its users would turn on."""
+    row, where = VARIANTS[variant], "cuda" if ON_GPU else "cpu"
+    torch.backends.cudnn.benchmark = True
+    network: Any = pytorch_reference.UNet(row.downsampling, row.upsampling).to(where, memory_format=torch.channels_last)
+    x = torch.from_numpy(images).to(where).permute(0, 3, 1, 2)  # NHWC in memory: channels_last
+    y = torch.from_numpy(labels).long().to(where)
+    network.train(work == "train")
+    forward = torch.compile(network) if compiled else network
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16, enabled=ON_GPU)
+
+    def synchronize(value: Any) -> None:
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast():
+            logits = forward(x.float() / 255)
+        getattr(pytorch_reference, row.loss)(logits.float(), y).backward()
+        synchronize(optimizer.step())
+
+    @torch.inference_mode()
+    def infer() -> None:
+        with autocast():
+            synchronize(forward(x.float() / 255))
+
+    return step if work == "train" else infer
+
+
+def measure(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each contender's steps, one after another in turns, after two that warm it up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(-2, repeats):
+        for name, step in contenders.items():
+            start = time.perf_counter()
+            step()
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def matrix_peak() -> float:
+    """FLOP/s of a large matrix product in the precision of training: what the device can do at best."""
+    n = 8192 if ON_GPU else 2048
+    a = jnp.ones((n, n), device.compute_dtype("auto"))
+    product = jax.jit(jnp.matmul)
+    times = measure({"product": lambda: jax.block_until_ready(product(a, a))}, 10)["product"]
+    return 2 * n**3 / min(times)
+
+
+def cell(options: Options, variant: str, work: Work, size: int, batch: int) -> dict[str, Any]:
+    """The times of one cell, and what follows from them."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
+    labels = rng.integers(0, 3, (batch, size, size), np.uint8)
+    contenders = {
+        "ours": ours(variant, work, images, labels),
+        "torch eager": theirs(variant, work, images, labels, compiled=False),
+    }
+    if options.torch_compile and (ON_GPU or work == "inference"):
+        contenders["torch.compile"] = theirs(variant, work, images, labels, compiled=True)
+    times = measure(contenders, options.repeats)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        pytorch_reference.UNet(VARIANTS[variant].downsampling, VARIANTS[variant].upsampling)(
+            torch.zeros(1, 3, size, size)
+        )
+    flops = counter.get_total_flops() * batch * (3 if work == "train" else 1)
+    # The ratio turn by turn: both of a turn met the machine at about the same speed.
+    best = min((n for n in times if n != "ours"), key=lambda n: statistics.median(times[n]))
+    ratios = [a / b for a, b in zip(times["ours"], times[best], strict=True)]
+    return {
+        "variant": variant, "work": work, "size": size, "batch": batch, "seconds": times, "best_torch": best,
+        "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)],
+        "images_per_second": batch / statistics.median(times["ours"]),
+        "flop_per_second": flops / statistics.median(times["ours"]),
+    }  # fmt: skip
+
+
+def table(cells: list[dict[str, Any]], peak: float) -> str:
+    """Markdown, a row a cell."""
+    lines = [
+        "| variant | work | size | batch | ours, s | PyTorch's best, s | ratio (min to max) | images/s | of peak |"
+    ]
+    lines.append("|---" * 9 + "|")
+    for c in cells:
+        mine, other = (statistics.median(c["seconds"][name]) for name in ("ours", c["best_torch"]))
+        low, high = c["ratio_range"]
+        lines.append(
+            f"| {c['variant']} | {c['work']} | {c['size']} | {c['batch']} | {mine:.4g} | {other:.4g}"
+            f" ({c['best_torch']}) | {c['ratio']:.2f} ({low:.2f} to {high:.2f}) | {c['images_per_second']:.1f}"
+            f" | {c['flop_per_second'] / peak:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    options.out.mkdir(parents=True, exist_ok=True)
+    environment = {**runs.environment(), "torch": torch.__version__, "processor": platform.processor()}
+    peak, cells = matrix_peak(), []
+    print(f"{device.describe()}; matrix peak {peak / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
+    for variant in options.variants:
+        for work in options.work:
+            for size in options.sizes:
+                for batch in options.batches:
+                    cells.append(cell(options, variant, work, size, batch))
+                    print(table(cells[-1:], peak).splitlines()[-1], flush=True)
+                    # After every cell, so that an interrupted run keeps what it has measured.
+                    result = {"environment": environment, "matrix_peak": peak, "cells": cells}
+                    runs.write_json(options.out / "benchmark.json", result)
+                    runs.write_text(options.out / "benchmark.md", table(cells, peak))
+    print(json.dumps(environment["versions"]))
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

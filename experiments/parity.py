@@ -1,0 +1,246 @@
+"""Does the JAX U-Net compute what the PyTorch one does? Same weights, same pictures, no dropout, on the CPU.
+
+    python experiments/parity.py --image-size 64 --batch-size 4 --seed 0
+
+Prints a table for the four variants, at full width in float32 and at a quarter of it in float64 too (XLA has no fast
+float64 convolution on the CPU); exit status 1 if a bound is missed. All columns are largest differences:
+
+- logits: of the first step's batch, which batch norm normalizes by its own statistics.
+- gradients: of the first step, within a tensor over its largest entry; the worst tensor is named.
+- kinks: of the ReLUs and 2x2 windows, those that JAX's rounding puts on the other side than PyTorch's in float64. One
+  is enough to move a tensor's gradient by per cents, in PyTorch's float32 as in ours. Hence "same side": the gradient
+  in float32 against PyTorch's in float64, made to take JAX's side of every ReLU and window. This one has the bound.
+- losses: of Adam's first 5 (float64: 20) steps at 1e-3 on the one batch. Adam turns gradients into signs at first, and
+  so magnifies rounding; "PyTorch's own" is its float32 against its float64.
+- evaluation: of the logits by running statistics, PyTorch's variables after float64 training carried over to float32.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import numpy as np
+import optax
+import pytorch_reference
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from unet_jax.config import VARIANTS, Variant
+from unet_jax.device import compiler_options
+from unet_jax.from_pytorch import variables_from_state_dict
+from unet_jax.layers import BatchNorm, Conv
+from unet_jax.losses import LOSSES
+from unet_jax.model import DoubleConv, UNet
+
+WIDTHS = (32, 64, 128, 256, 512)
+LOGITS_BOUND, GRADIENT_BOUND, LOSS_BOUND = 1e-4, 1e-4, 1e-3
+WIDE_LOSS_BOUND = 5e-3  # at full width, where PyTorch's own rounding costs more than LOSS_BOUND
+
+
+class Run(NamedTuple):
+    """A few training steps of either framework."""
+
+    logits: np.ndarray  # [N, H, W, C], of the first step
+    gradients: Any  # of the first step, in the tree of the JAX model's params
+    losses: np.ndarray
+
+
+def to_numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+
+
+def nhwc(x: Tensor) -> np.ndarray:
+    return x.detach().permute(0, 2, 3, 1).numpy()
+
+
+def nchw(x: np.ndarray) -> Tensor:
+    return torch.tensor(x).permute(0, 3, 1, 2)
+
+
+def train_pytorch(network: torch.nn.Module, model: UNet, images: Tensor, labels: Tensor, loss: str, steps: int) -> Run:
+    """Trains `network` in place. `model` is its JAX counterpart."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    losses, first = [], None
+    for _ in range(steps):
+        logits = network(images)
+        value = getattr(pytorch_reference, loss)(logits, labels)
+        optimizer.zero_grad()
+        value.backward()
+        if first is None:
+            gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+            first = nhwc(logits), variables_from_state_dict(to_numpy(network.state_dict() | gradients), model)["params"]
+        optimizer.step()
+        losses.append(value.item())
+    assert first is not None
+    return Run(*first, np.array(losses))
+
+
+def train_jax(model: UNet, variables: Any, images: np.ndarray, labels: np.ndarray, loss: str, steps: int) -> tuple:
+    """The Run, and the outputs of the layers in its first step as linen's "intermediates"."""
+    optimizer = optax.adam(1e-3)
+
+    def objective(params: Any, batch_stats: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats", "intermediates"],
+            capture_intermediates=lambda module, _: isinstance(module, Conv | BatchNorm | DoubleConv),
+        )
+        return LOSSES[loss](logits, labels, None), (logits, updated)
+
+    @partial(jax.jit, compiler_options=compiler_options())
+    def step(params: Any, batch_stats: Any, opt_state: Any) -> tuple:
+        (value, (logits, updated)), grads = jax.value_and_grad(objective, has_aux=True)(params, batch_stats)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        state = optax.apply_updates(params, updates), updated["batch_stats"], opt_state
+        return state, value, (logits, grads, updated["intermediates"])
+
+    state: tuple = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+    losses, first = [], None
+    for _ in range(steps):
+        state, value, outputs = step(*state)
+        first = first or jax.device_get(outputs)
+        losses.append(float(value))
+    assert first is not None
+    logits, gradients, intermediates = first
+    return Run(logits, gradients, np.array(losses)), intermediates
+
+
+@contextlib.contextmanager
+def same_side(intermediates: Any, model: UNet) -> Iterator[list[int]]:
+    """Lets PyTorch decide each ReLU and 2x2 window as `intermediates` do; yields a list of how many that changes."""
+    levels = len(model.widths)
+    decided: dict[str, list[Tensor]] = {"relu": [], "pool": []}  # what each takes in, in the order of PyTorch's calls
+    for name in [f"encoder{i + 1}" for i in range(levels)] + [f"decoder{i}" for i in range(levels - 1, 0, -1)]:
+        if name.startswith("decoder") and model.upsampling == "resize":
+            decided["relu"].append(nchw(intermediates[name.replace("decoder", "up")]["norm"]["__call__"][0]))
+        decided["relu"] += [nchw(intermediates[name][conv]["__call__"][0]) for conv in ("conv1", "conv2")]
+        decided["pool"].append(nchw(intermediates[name]["__call__"][0]))
+    relus, pools, changed = iter(decided["relu"]), iter(decided["pool"]), [0]
+
+    def relu(x: Tensor, inplace: bool = False) -> Tensor:
+        positive = next(relus) > 0
+        changed[0] += int((positive != (x > 0)).sum())
+        return x * positive
+
+    def max_pool2d(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        own, theirs = (F.max_pool2d_with_indices(t, (2, 2))[1] for t in (x, next(pools)))
+        changed[0] += int((own != theirs).sum())
+        return x.flatten(2).gather(2, theirs.flatten(2)).view(theirs.shape)
+
+    with mock.patch.object(F, "relu", relu), mock.patch.object(F, "max_pool2d", max_pool2d):
+        yield changed
+
+
+def worst_gradient(ours: Any, theirs: Any, model: UNet) -> tuple[float, str]:
+    """The largest difference within a tensor over the tensor's largest entry, and which tensor that is.
+
+    A batch norm after the resize takes out any constant, so the biases that only add one have no gradient but rounding:
+    that of the 1x1 conv, and of the batch norm before. These are held to the largest entry of their layer's weight.
+    """
+    zero = []
+    if model.upsampling == "resize":
+        levels = len(model.widths)
+        zero = [(f"up{i}", "conv") for i in range(1, levels)] + [(f"decoder{i}", "norm2") for i in range(2, levels)]
+        zero.append((f"encoder{levels}", "norm2"))
+    errors = []
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        *layer, tensor = keys = [key.key for key in path]
+        if tensor == "bias" and tuple(layer) in zero:
+            siblings = theirs[layer[0]][layer[1]]
+            scale = np.abs(siblings["kernel" if "kernel" in siblings else "scale"]).max()
+        else:
+            scale = np.abs(b).max()
+        errors.append((float(np.abs(a - b).max() / scale), ".".join(keys)))
+    return max(errors)
+
+
+def compare(variant: Variant, widths: tuple[int, ...], images: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    """A row of the table; float64 in JAX at less than full width only."""
+    down, up, loss = variant.downsampling, variant.upsampling, variant.loss
+    model = UNet(down, up, widths, dropout_rate=0.0)
+    torch.manual_seed(seed)
+    initial = pytorch_reference.UNet(down, up, widths, dropout_rate=0.0).state_dict()
+
+    def network(dtype: torch.dtype) -> torch.nn.Module:
+        copy = pytorch_reference.UNet(down, up, widths, dropout_rate=0.0)
+        copy.load_state_dict(initial)
+        return copy.to(dtype)
+
+    def largest(difference: np.ndarray) -> float:
+        return float(np.abs(difference).max())
+
+    wide = widths == WIDTHS
+    trained = network(torch.float64)
+    torch32 = train_pytorch(network(torch.float32), model, images, labels, loss, 5)
+    torch64 = train_pytorch(trained, model, images.double(), labels, loss, 5 if wide else 20)
+    variables = variables_from_state_dict(to_numpy(initial), model)
+    x, y = nhwc(images), labels.numpy().astype(np.int32)
+    jax32, intermediates = train_jax(model, variables, x, y, loss, 5)
+    with same_side(intermediates, model) as changed:
+        same = train_pytorch(network(torch.float64), model, images.double(), labels, loss, 1)
+    row = {
+        "logits": largest(jax32.logits - torch32.logits),
+        "gradients": worst_gradient(jax32.gradients, torch32.gradients, model),
+        "PyTorch's own gradients": worst_gradient(torch32.gradients, torch64.gradients, model),
+        "kinks": changed[0],
+        "gradients, same side": worst_gradient(jax32.gradients, same.gradients, model),
+        "5 losses": largest(jax32.losses - torch32.losses),
+        "PyTorch's own 5 losses": largest(torch32.losses - torch64.losses[:5]),
+    }
+    if wide:
+        return row
+    with jax.enable_x64(True):
+        variables64 = jax.tree.map(lambda leaf: leaf.astype(np.float64), variables)
+        jax64, _ = train_jax(model.clone(dtype=np.float64), variables64, x.astype(np.float64), y, loss, 20)
+    evaluated = model.apply(variables_from_state_dict(to_numpy(trained.state_dict()), model), x)
+    return row | {
+        "float64 gradients": worst_gradient(jax64.gradients, torch64.gradients, model),
+        "float64 20 losses": largest(jax64.losses - torch64.losses),
+        "evaluation": largest(np.asarray(evaluated) - nhwc(trained.eval()(images.double()))),
+    }
+
+
+def main(image_size: int = 64, batch_size: int = 4, seed: int = 0) -> None:
+    """Prints the table of differences between the PyTorch and the JAX network."""
+    jax.config.update("jax_platforms", "cpu")  # a GPU's TF32 would hide what is compared
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch_size, 3, 8, 8, generator=generator)
+    images = F.interpolate(coarse, size=(image_size, image_size), mode="bicubic")
+    labels = torch.randint(3, (batch_size, image_size, image_size), generator=generator)
+    missed = []
+    for widths in (WIDTHS, tuple(width // 4 for width in WIDTHS)):
+        bounds = {
+            "logits": LOGITS_BOUND,
+            "gradients, same side": GRADIENT_BOUND,
+            "5 losses": WIDE_LOSS_BOUND if widths == WIDTHS else LOSS_BOUND,
+            "float64 gradients": GRADIENT_BOUND,
+            "float64 20 losses": LOSS_BOUND,
+            "evaluation": LOGITS_BOUND,
+        }
+        for i, (name, variant) in enumerate(VARIANTS.items()):
+            row = compare(variant, widths, images, labels, seed)
+            if i == 0:
+                header = [column + (f" (< {bounds[column]:.0e})" if column in bounds else "") for column in row]
+                print("\n| " + " | ".join([f"{widths[0]}-{widths[-1]} features", *header]) + " |")
+                print("|---" * (len(row) + 1) + "|")
+            cells = []
+            for column, value in row.items():
+                number, *where = value if isinstance(value, tuple) else (value,)
+                cells.append(" ".join([str(number) if column == "kinks" else f"{number:.1e}", *where]))
+                if not number < bounds.get(column, np.inf):  # also where it is not a number
+                    missed.append(f"{name} {column} at {widths[0]}-{widths[-1]} features")
+            print("| " + " | ".join([name, *cells]) + " |", flush=True)
+    if missed:
+        sys.exit("bound missed: " + "; ".join(missed))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

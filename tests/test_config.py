@@ -1,0 +1,170 @@
+"""Configs: to JSON and back, what is refused, what makes two runs differ."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from unet_jax.config import (
+    VARIANTS,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    check_config,
+    check_size,
+    default_config,
+    differences,
+    from_dict,
+    to_dict,
+)
+from unet_jax.errors import InputError
+
+CONFIG = default_config("mp_tr_ce", "auto")
+
+
+def through_json(config: RunConfig) -> RunConfig:
+    return from_dict(json.loads(json.dumps(to_dict(config), allow_nan=False)))
+
+
+def refusal(function, *args) -> str:
+    with pytest.raises(InputError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("dataset", ["auto", "oxford_iiit_pet", "synthetic"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_defaults_are_valid_and_survive_json(variant, dataset):
+    config = default_config(variant, dataset)
+    check_config(config)
+    assert through_json(config) == config
+    assert (config.variant, config.data.dataset) == (variant, dataset)
+    row = VARIANTS[variant]
+    chosen = (config.model.downsampling, config.model.upsampling, config.train.loss)
+    assert chosen == (row.downsampling, row.upsampling, row.loss)
+    if dataset != "synthetic":
+        assert (config.train.batch_size, config.train.epochs, config.data.image_size) == (row.batch_size, 25, 240)
+        assert (config.train.learning_rate, config.model.dropout_rate) == (1e-3, 0.3)
+
+
+def test_the_published_variants():
+    assert {name: tuple(row) for name, row in VARIANTS.items()} == {
+        "mp_tr_ce": ("max_pool", "transposed_conv", "cross_entropy", 64, 0.5283),
+        "mp_tr_dice": ("max_pool", "transposed_conv", "log_dice", 128, 0.0909),
+        "strconv_tr_ce": ("strided_conv", "transposed_conv", "cross_entropy", 64, 0.2871),
+        "strconv_ups_dice": ("strided_conv", "resize", "log_dice", 32, 0.0642),
+    }
+
+
+def test_values_that_are_not_defaults_survive_json():
+    config = RunConfig(
+        "strconv_ups_dice",
+        DataConfig("synthetic", "somewhere", 32, 7, 5, ("cat", "background")),
+        ModelConfig("strided_conv", "resize", (4, 8), 0.0, "bfloat16"),
+        TrainConfig("cross_entropy+0.5*soft_dice", 3, 2, 0.25, 9, "an/older/run"),
+    )
+    assert through_json(config) == config
+    assert isinstance(through_json(config).model.widths, tuple)
+
+
+def test_fields_that_an_older_file_lacks_take_their_defaults():
+    assert from_dict({"format_version": 1, "train": {"loss": "log_dice"}}) == RunConfig(
+        train=TrainConfig(loss="log_dice")
+    )
+
+
+@pytest.mark.parametrize(
+    ("variant", "hint"),
+    [
+        ("mp_tr_cee", "did you mean mp_tr_ce or "),
+        ("strconv_ups_ce", "strconv_ups_dice"),
+        ("zzz", "choose from mp_tr_ce, mp_tr_dice, strconv_tr_ce, strconv_ups_dice, all"),
+    ],
+)
+def test_an_unknown_variant_is_refused_with_what_is_near(variant, hint):
+    message = refusal(default_config, variant, "auto")
+    assert message.startswith(f"unknown variant '{variant}': ")
+    assert hint in message
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("train", "epochs", 0, "--epochs is 0: it must be at least 1"),
+        ("train", "batch_size", 0, "--batch-size is 0: it must be at least 1"),
+        ("train", "batch_size", -4, "--batch-size is -4: it must be at least 1"),
+        ("data", "train_examples", 0, "--train-examples is 0: it must be at least 1"),
+        ("data", "test_examples", -1, "--test-examples is -1: it must be at least 1"),
+        ("model", "widths", (8, 0), "--widths is 0: it must be at least 1"),
+        ("model", "widths", (), "--widths is 0: it must be at least 1"),
+        ("train", "learning_rate", 0.0, "--learning-rate is 0.0: it must be positive and finite"),
+        ("train", "learning_rate", math.nan, "--learning-rate is nan: it must be positive and finite"),
+        ("train", "learning_rate", math.inf, "--learning-rate is inf: it must be positive and finite"),
+        ("model", "dropout_rate", 1.0, "--dropout-rate is 1.0: it must be at least 0 and below 1"),
+        ("model", "dropout_rate", -0.1, "--dropout-rate is -0.1: it must be at least 0 and below 1"),
+        ("model", "dropout_rate", math.nan, "--dropout-rate is nan: it must be at least 0 and below 1"),
+        ("train", "seed", -1, "--seed is -1: it must not be negative"),
+        ("data", "image_size", 100, "pictures of 100x100 do not fit 5 levels"),
+        ("train", "loss", "dice", "--loss has the term 'dice'"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(part, field, value, message):
+    check_config(CONFIG)
+    config = replace(CONFIG, **{part: replace(getattr(CONFIG, part), **{field: value})})
+    assert message in refusal(check_config, config)
+
+
+def test_check_size():
+    check_size(16, 48, 5)
+    check_size(7, 5, 1)
+    assert refusal(check_size, 250, 239, 5).endswith("must be multiples of 16; the nearest size is 256x240")
+    assert refusal(check_size, 0, 16, 5).endswith("the nearest size is 16x16")
+
+
+def test_differences():
+    assert differences(CONFIG, CONFIG) == []
+    other = replace(
+        CONFIG,
+        model=replace(CONFIG.model, widths=(4, 8)),
+        train=replace(CONFIG.train, batch_size=32, init_from="run"),
+    )
+    assert differences(CONFIG, other) == [
+        "model.widths: (32, 64, 128, 256, 512) -> (4, 8)",
+        "train.batch_size: 64 -> 32",
+        "train.init_from: None -> run",
+    ]
+    assert differences(CONFIG, default_config("mp_tr_dice", "auto"))[0] == "variant: mp_tr_ce -> mp_tr_dice"
+
+
+def test_folders_and_epochs_make_no_other_run():
+    moved = replace(
+        CONFIG,
+        data=replace(CONFIG.data, data_dir="elsewhere"),
+        train=replace(CONFIG.train, epochs=CONFIG.train.epochs + 1),
+    )
+    assert moved != CONFIG
+    assert differences(CONFIG, moved) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "the config has format version 2, this version of unet_jax reads 1"),
+        ({"format_version": None}, "format version None"),
+        ({"optimizer": "sgd"}, "optimizer"),
+        ({"train": {"momentum": 0.9}}, "momentum"),
+        ({"train": {"batch_size": "64"}}, "train.batch_size"),
+        ({"train": {"batch_size": 6.4}}, "train.batch_size"),
+        ({"train": {"loss": None}}, "train.loss"),
+        ({"model": {"precision": "float16"}}, "model.precision"),
+        ({"model": {"widths": ["4", "8"]}}, "model.widths"),
+        ({"model": {"widths": 32}}, ""),
+        ({"data": 5}, ""),
+    ],
+)
+def test_a_config_of_another_kind_is_refused_in_one_line(change, message):
+    values = {**json.loads(json.dumps(to_dict(CONFIG))), **change}
+    assert message in refusal(from_dict, values)

@@ -1,0 +1,287 @@
+import dataclasses
+import io
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from unet_jax import checkpoint, device, predict, runs, train
+from unet_jax.config import ModelConfig, default_config, to_dict
+from unet_jax.errors import InputError
+from unet_jax.plots import palette
+
+SCRIPT = Path(__file__).parent.parent / "experiments" / "predict.py"
+SIZE = 32
+
+
+def make_run(folder, downsampling="max_pool", upsampling="transposed_conv"):
+    """A run folder that nobody trained; its kernels are large, so that every input matters to the answer."""
+    config = default_config("mp_tr_dice", "synthetic")
+    model = ModelConfig(downsampling, upsampling, widths=(4, 8, 8))
+    config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, image_size=SIZE))
+    state = train.init_state(train.make_model(model, 3), train.make_optimizer(config.train), seed=0)
+    state = state._replace(params=jax.tree.map(lambda x: 3 * x if x.ndim == 4 else x, state.params))
+    folder.mkdir()
+    runs.write_json(folder / "config.json", to_dict(config))
+    with checkpoint.manager(folder / "checkpoints", 0) as checkpoints:
+        checkpoint.save(checkpoints, state, checkpoint.Progress([], []))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("predict") / "run")
+
+
+@pytest.fixture(scope="module")
+def predictor(run):
+    return predict.load(run, tile_size=128)
+
+
+def picture(height, width, seed=0):
+    """Blobs of colour."""
+    small = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (17, 333), (500, 375), (32, 32), (129, 2)])
+@pytest.mark.parametrize("mode", ["resize", "tile"])
+def test_any_size(predictor, size, mode):
+    labels = predictor(picture(*size), mode)
+    assert (labels.shape, labels.dtype) == (size, np.uint8)
+    probabilities = predictor(picture(*size), mode, probabilities=True)
+    assert (probabilities.shape, probabilities.dtype) == ((*size, 3), np.float32)
+    np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-5)
+    np.testing.assert_array_equal(probabilities.argmax(-1), labels)
+
+
+def test_a_list_is_its_pictures_one_by_one(predictor):
+    pictures = [picture(20 + 3 * i, 50, seed=i) for i in range(20)]  # more than a batch
+    for labels, image in zip(predictor(pictures), pictures, strict=True):
+        np.testing.assert_array_equal(labels, predictor(image))
+    assert predictor([]) == []
+
+
+def test_at_the_training_size_nothing_is_resized(predictor):
+    image = picture(SIZE, SIZE)
+    model = train.make_model(predictor.config.model, 3)
+    logits = train.infer(predictor.restored.state, image[None], model)[0]
+    np.testing.assert_allclose(predictor(image, probabilities=True), jax.nn.softmax(logits), atol=1e-6)
+
+
+def test_bands_are_one_resize():
+    probabilities = np.random.default_rng(0).random((SIZE, SIZE, 3), np.float32)
+    bands = list(predict.grow(probabilities, 3000, 2100))
+    assert len(bands) > 1
+    whole = Image.fromarray(np.ascontiguousarray(probabilities[:, :, 1])).resize(
+        (2100, 3000), Image.Resampling.BILINEAR
+    )
+    np.testing.assert_allclose(np.concatenate(bands)[:, :, 1], np.asarray(whole), atol=1e-5)
+
+
+@pytest.mark.parametrize("downsampling", ["max_pool", "strided_conv"])
+@pytest.mark.parametrize("tta", [False, True])
+def test_tiles_are_the_whole_picture(tmp_path, downsampling, tta):
+    predictor = predict.load(make_run(tmp_path / "run", downsampling), tile_size=128)
+    image = picture(256, 384)
+    whole = predictor.network(image[None], tta)[0]
+    assert np.ptp(whole) > 0.5
+    np.testing.assert_allclose(predictor(image, "tile", tta, probabilities=True), whole, atol=1e-5)
+    # Whatever lies right of or below the picture is a reflection of it.
+    filled = np.pad(image[:250, :300], ((0, 6), (0, 84), (0, 0)), mode="symmetric")
+    whole = predictor.network(filled[None], tta)[0, :250, :300]
+    np.testing.assert_allclose(predictor(image[:250, :300], "tile", tta, probabilities=True), whole, atol=1e-5)
+
+
+def test_a_narrower_margin_would_not_do(predictor, monkeypatch):
+    image = picture(256, 384)
+    whole = predictor.network(image[None])[0]
+    monkeypatch.setattr(predict, "margin_of", lambda levels: 16)
+    assert np.abs(predictor(image, "tile", probabilities=True) - whole).max() > 1e-3
+
+
+def test_aligned_corner_tiles_are_nearly_the_whole_picture(tmp_path):
+    predictor = predict.load(make_run(tmp_path / "run", upsampling="resize"), tile_size=128)
+    image = picture(256, 384)
+    whole = predictor.network(image[None])[0].argmax(-1)
+    assert (predictor(image, "tile") != whole).mean() < 0.03
+
+
+@pytest.mark.parametrize(("size", "tile"), [(128, 128), (64, 128), (256, 128), (4096, 512), (1152, 128)])
+def test_window_weights(size, tile):
+    windows, total = predict.windows(size, tile, 32), np.zeros(size)
+    for origin, weights in windows:
+        total[origin : origin + len(weights)] += weights
+        assert origin % 16 == 0
+        assert origin == 0 or not weights[:32].any()
+        assert origin + len(weights) == size or not weights[-32:].any()
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["resize", "tile"])
+def test_tta_commutes_with_flips(predictor, mode):
+    image = picture(128, 256)
+    flipped = predictor(image[:, ::-1], mode, tta=True, probabilities=True)
+    np.testing.assert_allclose(flipped[:, ::-1], predictor(image, mode, tta=True, probabilities=True), atol=1e-5)
+    plain = predictor(image, mode, probabilities=True)
+    assert np.abs(predictor(image, mode, tta=True, probabilities=True) - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8), [np.zeros((8, 8, 4), np.uint8)]],
+)
+def test_what_is_no_picture(predictor, bad):
+    with pytest.raises(InputError, match="pictures are uint8 arrays"):
+        predictor(bad)
+
+
+def test_bad_arguments(run, tmp_path, predictor):
+    with pytest.raises(InputError, match="unknown mode"):
+        predictor(picture(8, 8), "tiles")
+    with pytest.raises(InputError, match="multiple of 128"):
+        predict.load(run, tile_size=100)
+    with pytest.raises(InputError, match="no run folder"):
+        predict.load(tmp_path)
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        predict.load(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "turned", "transparent"])
+def test_kinds_of_pictures(tmp_path, mode):
+    grey = np.zeros((6, 4), np.uint8)
+    grey[:3] = 255  # white above black
+    path, image = tmp_path / "a.png", Image.fromarray(grey)
+    expected = np.repeat(grey[:, :, None], 3, axis=2)
+    if mode == "CMYK":
+        path = tmp_path / "a.tif"
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+        image.save(path, exif=exif)
+        expected = np.rot90(expected, -1)
+    elif mode == "transparent":
+        image = image.convert("RGBA")
+        image.putalpha(0)
+        expected = np.full_like(expected, 255)
+    else:
+        image = image.convert(mode)
+    if mode != "turned":
+        image.save(path)
+    np.testing.assert_array_equal(predict.read_picture(path), expected)
+
+
+def test_unreadable_pictures(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.fromarray(picture(40, 40)).save(path)
+    data = path.read_bytes()
+    for content, reason in (
+        (b"", "is empty"),
+        (b"hello", "no picture"),
+        (data[:900], "truncated"),
+        (None, "No such file"),
+    ):
+        path.write_bytes(content) if content is not None else path.unlink()
+        with pytest.raises(InputError, match=f"{path.name}: .*{reason}"):
+            predict.read_picture(path)
+    path.write_bytes(data)
+    monkeypatch.setattr(predict, "MAX_PIXELS", 1000)
+    with pytest.raises(InputError, match=r"40x40 pixels"):
+        predict.read_picture(path)
+
+
+def test_mutated_pictures_are_read_or_refused(tmp_path):
+    rng, bases, refused = random.Random(0), [], []
+    for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"):
+        file = io.BytesIO()
+        Image.fromarray(picture(40, 50)).save(file, kind)
+        bases.append(file.getvalue())
+    for i in range(42):
+        data = bytearray(bases[i % len(bases)])
+        if i % 3 == 0:
+            for _ in range(rng.choice((1, 10, 100))):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        elif i % 3 == 1:
+            del data[rng.randrange(len(data)) :]
+        else:
+            data[:16] = rng.choice(bases)[:16]
+        path = tmp_path / "a"
+        path.write_bytes(data)
+        try:
+            image = predict.read_picture(path)
+            assert (image.ndim, image.dtype) == (3, np.uint8)
+        except InputError as error:
+            refused.append(str(error))
+    assert 10 < len(refused) < 42
+    assert not any("\n" in line for line in refused)
+
+
+def command(*args):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, timeout=120)
+
+
+def test_command(run, tmp_path):
+    for folder, seed in (("a", 0), ("b", 1)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(picture(40, 60, seed)).save(tmp_path / folder / "x.png")
+    (tmp_path / "a" / "notes.txt").write_text("no picture, and not named")
+    (tmp_path / "a" / "bad.jpg").write_bytes(b"hello")
+    out = tmp_path / "out"
+    result = command(run, tmp_path / "a", tmp_path / "*" / "x.png", "nowhere", "--out", out, "--probabilities")
+    assert result.returncode == 1, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("left out")]
+    assert [line.split(": ")[-1] for line in lines] == ["there is no such file", "is no picture of a known format"]
+    assert result.stdout.startswith("2 pictures in ")
+    names = ["a-x", "b-x"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        f"{name}_{end}" for name in names for end in ("mask.png", "overlay.png", "probabilities.npz")
+    )
+    predictor = predict.load(run)
+    for name, seed in zip(names, (0, 1), strict=True):
+        mask = Image.open(out / f"{name}_mask.png")
+        assert (mask.mode, mask.getpalette()[:9]) == ("P", palette(3).flatten().tolist())
+        np.testing.assert_array_equal(np.asarray(mask), predictor(picture(40, 60, seed)))
+        probabilities = np.load(out / f"{name}_probabilities.npz")["probabilities"]
+        np.testing.assert_array_equal(probabilities.argmax(-1), np.asarray(mask))
+        assert Image.open(out / f"{name}_overlay.png").size == (60, 40)
+
+
+def test_command_refuses(run, tmp_path, script, monkeypatch):
+    monkeypatch.setattr(device, "set_up_compilation_cache", lambda folder: None)  # the tests have their own
+    (tmp_path / "empty").mkdir()
+    Image.fromarray(picture(8, 8)).save(tmp_path / "x.png")
+    Image.fromarray(picture(8, 8)).save(tmp_path / "x_mask.png")
+    out = tmp_path / "x.png"
+    pictures, bad = script.find([str(tmp_path / "empty")])
+    assert (pictures, len(bad)) == ([], 1)
+    with pytest.raises(InputError, match="has no pictures"):
+        script.main(script.Options(run, (str(tmp_path / "empty"),), out))
+    with pytest.raises(InputError, match="cannot be written"):
+        script.main(script.Options(run, (str(tmp_path / "x.png"),), out))
+    with pytest.raises(InputError, match="would be overwritten"):
+        script.main(script.Options(run, (str(tmp_path),), tmp_path))
+    (tmp_path / "bad.png").write_bytes(b"")
+    assert script.main(script.Options(run, (str(tmp_path / "bad.png"),), tmp_path / "out")) == 2
+
+
+def test_names_are_each_their_own(script):
+    paths = [Path(p) for p in ("/a/x.png", "/b/X.png", "/a/x.jpg", "/a/y.png", "/c/a-x.png")]
+    assert script.name_outputs(paths) == ["a-x", "b-X", "a-x-2", "y", "a-x-3"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        import predict as module
+    finally:
+        sys.path.pop(0)
+    return module

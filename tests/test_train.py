@@ -1,0 +1,160 @@
+"""The training loop: steps, evaluation, order of batches, compilations, and going on exactly."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unet_jax import device, train
+from unet_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from unet_jax.data.batches import Loader, shuffled
+from unet_jax.data.cache import Split
+
+CONFIG = RunConfig(
+    "mp_tr_dice",
+    DataConfig("synthetic", image_size=16),
+    ModelConfig(widths=(4, 8)),
+    TrainConfig("log_dice", batch_size=4, epochs=2, learning_rate=1e-2),
+)
+
+
+def random_split(count: int, size: int = 16, seed: int = 0) -> Split:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, size, size, 3), np.uint8)
+    # Labels that can be learnt: by the brightness of the first channel.
+    labels = (images[..., 0] // 86).astype(np.uint8)
+    return Split(images, labels, [f"picture_{i}" for i in range(count)])
+
+
+@pytest.fixture(scope="module")
+def placement():
+    return device.placement()
+
+
+@pytest.fixture(scope="module")
+def steps(placement):
+    return train.make_steps(CONFIG, placement)
+
+
+def fresh_state(config: RunConfig, placement: device.Placement) -> train.TrainState:
+    model = train.make_model(config.model, 3)
+    state = train.init_state(model, train.make_optimizer(config.train), config.train.seed)
+    return jax.device_put(state, placement.replicated)
+
+
+def loaders(placement: device.Placement) -> tuple[Loader, Loader]:
+    return Loader(random_split(10), 4, placement), Loader(random_split(6, seed=1), 4, placement)
+
+
+def epochs_of(results) -> list[train.EpochResult]:
+    return [r for r in results if isinstance(r, train.EpochResult)]
+
+
+def test_training_learns_and_records_every_metric(placement, steps):
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, epochs=30))
+    results = epochs_of(train.fit(config, steps, fresh_state(config, placement), *loaders(placement)))
+    first, last = results[0].record, results[-1].record
+    assert [r.record["epoch"] for r in results] == list(range(1, 31))
+    assert last["test_loss"] < 0.6 * first["test_loss"]
+    assert last["mean_iou"] > 0.5 > first["mean_iou"]
+    assert set(last) == {
+        "epoch", "train_loss", "last_batch_loss", "test_loss", "test_cross_entropy", "test_log_dice", "pixel_accuracy",
+        "mean_iou", "iou", "dice", "binary_iou", "learning_rate", "seconds", "evaluation_seconds", "images_per_second",
+    }  # fmt: skip
+    assert int(results[-1].state.step) == 30 * 3
+
+
+def test_two_shapes_in_training_and_one_in_evaluation(placement, monkeypatch):
+    chex.clear_trace_counter()
+    monkeypatch.setattr(train, "train_step", chex.assert_max_traces(train.train_step, n=2))
+    monkeypatch.setattr(train, "eval_step", chex.assert_max_traces(train.eval_step, n=1))
+    steps = train.make_steps(CONFIG, placement)
+    results = epochs_of(train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
+    assert len(results) == 2
+    # The guard works: one more shape is one too many.
+    with pytest.raises(AssertionError, match="traced"):
+        steps.train(results[-1].state, next(Loader(random_split(1), 1, placement).evaluation()))
+
+
+def test_same_seed_same_bits_other_seed_other(placement, steps):
+    runs = [epochs_of(train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement))) for _ in range(2)]
+    chex.assert_trees_all_equal(runs[0][-1].state, runs[1][-1].state)
+    other = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, seed=1))
+    kernels = [fresh_state(c, placement).params["head"]["kernel"] for c in (CONFIG, other)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.1
+
+
+def test_going_on_from_mid_epoch_is_exact(placement, steps):
+    whole = list(train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
+    part = train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement))
+    cut = next(r for r in part if isinstance(r, train.StepResult) and (r.epoch, r.step_of_epoch) == (2, 2))
+    losses = [*cut.losses, float(cut.loss)]
+    rest = epochs_of(train.fit(CONFIG, steps, cut.state, *loaders(placement), losses=losses))
+    assert [r.record["epoch"] for r in rest] == [2]
+    chex.assert_trees_all_equal(rest[-1].state, whole[-1].state)
+    for key in ("train_loss", "last_batch_loss", "test_loss", "mean_iou"):
+        assert rest[-1].record[key] == whole[-1].record[key]
+
+
+def test_published_test_loss_is_the_mean_of_batch_means(placement, steps):
+    state, (_, test) = fresh_state(CONFIG, placement), loaders(placement)
+    record, sums = train.evaluate(steps.evaluate, state, test, CONFIG.data.class_names)
+    loss = train.make_loss("log_dice")
+    model = train.make_model(CONFIG.model, 3)
+    parts = [slice(0, 4), slice(4, 6)]
+    expected = [loss(train.infer(state, test.split.images[p], model), test.split.labels[p], None) for p in parts]
+    np.testing.assert_allclose(record["test_loss"], np.mean(expected), rtol=1e-5)
+    chex.assert_shape(sums.confusion, (6, 3, 3))
+    assert sums.confusion.sum() == test.split.labels.size
+
+
+def test_a_non_finite_loss_is_named(placement, steps):
+    state = fresh_state(CONFIG, placement)
+    state = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+    with pytest.raises(train.NonFiniteLossError, match=r"nan at step 1 \(epoch 1\)"):
+        list(train.fit(CONFIG, steps, state, *loaders(placement)))
+
+
+def test_order_of_batches(placement):
+    assert sorted(shuffled(100, 0, 1)) == list(range(100))
+    assert not np.array_equal(shuffled(100, 0, 1), shuffled(100, 0, 2))
+    assert not np.array_equal(shuffled(100, 0, 1), shuffled(100, 1, 1))
+    np.testing.assert_array_equal(shuffled(5, 0, 1), shuffled(5, 0, 1))
+    loader, _ = loaders(placement)
+    batches = list(loader.train(0, 1))
+    assert [len(b.images) for b in batches] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate([b.images for b in batches]), loader.split.images[shuffled(10, 0, 1)])
+    later = list(loader.train(0, 1, skip=1))
+    np.testing.assert_array_equal(later[0].images, batches[1].images)
+
+
+def test_evaluation_pads_with_weight_zero(placement):
+    _, loader = loaders(placement)
+    weights = [np.asarray(b.weights).tolist() for b in loader.evaluation()]
+    assert weights == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_split_on_the_device_gives_the_same_batches(placement, monkeypatch):
+    host, _ = loaders(placement)
+    monkeypatch.setattr(device.Placement, "fits", lambda self, nbytes: True)
+    resident, _ = loaders(placement)
+    for a, b in zip(
+        [*host.train(0, 1), *host.evaluation()], [*resident.train(0, 1), *resident.evaluation()], strict=True
+    ):
+        chex.assert_trees_all_equal(a, b)
+
+
+def test_bfloat16_keeps_the_state_in_float32(placement, steps):
+    assert device.compute_dtype("auto") == jnp.float32  # on the CPU
+    one_step, _ = loaders(placement)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
+    batch = next(one_step.train(0, 1))
+    state, loss = train.make_steps(config, placement).train(fresh_state(config, placement), batch)
+    floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert set(floats) == {np.dtype("float32")}
+    _, reference = steps.train(fresh_state(CONFIG, placement), batch)
+    assert loss.dtype == np.float32
+    assert 0 < abs(float(loss) - float(reference)) < 0.02 * float(reference)

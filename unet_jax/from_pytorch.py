@@ -1,0 +1,103 @@
+"""Weights of the PyTorch network (experiments/pytorch_reference.py) as this one's variables; PyTorch is not imported.
+
+    state_dict = {name: tensor.numpy() for name, tensor in torch.load(path, map_location="cpu").items()}
+    variables = variables_from_state_dict(state_dict, UNet())
+
+For five widths the names are cblock1-5 and ublock6-9 (each conv1, bn1, conv2, bn2, transition_layer), conv10, conv11.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unet_jax.errors import InputError
+from unet_jax.model import UNet
+
+
+def variables_from_state_dict(state_dict: Mapping[str, np.ndarray], model: UNet) -> dict[str, Any]:
+    """The variables {"params", "batch_stats"} of `model.init`, as float32 copies, from a PyTorch state dict.
+
+    The prefixes of DataParallel and torch.compile, batch norm's num_batches_tracked, and the conv that the strided
+    models hold unused in their last encoder block are all normal.
+
+    Raises:
+      InputError: names are missing or not the model's, or shapes differ from the model's.
+    """
+    levels = len(model.widths)
+    arrays = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): array for name, array in state_dict.items()}
+    first = np.shape(arrays.get("cblock1.conv1.weight", ()))  # [O, I, 3, 3]
+    images = jnp.zeros((1, 2 ** (levels - 1), 2 ** (levels - 1), first[1] if len(first) == 4 else 3))
+    leaves, tree = jax.tree.flatten_with_path(jax.eval_shape(model.init, jax.random.key(0), images))
+    layers = _torch_layers(model)
+    tensors = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    shapes = {}  # in PyTorch's names and order of axes, in the order of our leaves
+    for (_, *layer, tensor), leaf in leaves:
+        name = f"{layers['.'.join(key.key for key in layer)]}.{tensors[tensor.key]}"
+        shapes[name] = tuple(leaf.shape[axis] for axis in ((3, 2, 0, 1) if leaf.ndim == 4 else range(leaf.ndim)))
+
+    ignored = r".*\.num_batches_tracked"
+    if model.downsampling == "strided_conv":
+        ignored += rf"|cblock{levels}\.transition_layer\.(weight|bias)"
+    faults = {
+        "missing": [name for name in shapes if name not in arrays],
+        "unexpected": [name for name in arrays if name not in shapes and not re.fullmatch(ignored, name)],
+        "of another shape": [
+            f"{name} {np.shape(arrays[name])} instead of {shape}"
+            for name, shape in shapes.items()
+            if name in arrays and np.shape(arrays[name]) != shape
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(
+            f"{len(names)} {fault} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for fault, names in faults.items()
+            if names
+        )
+        raise InputError(f"the state dict does not fit the model: {listed}; {_advice(arrays, model)}")
+
+    def convert(array: np.ndarray) -> np.ndarray:
+        # OIHW to HWIO; the same permutation takes a transposed conv's [I, O, h, w] to [h, w, O, I]. A copy, since jax
+        # may otherwise share memory with a PyTorch model that goes on training.
+        return np.array(np.transpose(array, (2, 3, 1, 0)) if np.ndim(array) == 4 else array, np.float32, order="C")
+
+    return jax.tree.unflatten(tree, [convert(arrays[name]) for name in shapes])
+
+
+def _torch_layers(model: UNet) -> dict[str, str]:
+    """{"encoder1.conv1": "cblock1.conv1", ...}: PyTorch's name of every layer that the model may have."""
+    levels = len(model.widths)
+    layers = {"head": f"conv{2 * levels}", "logits": f"conv{2 * levels + 1}"}
+    for i in range(1, levels + 1):
+        # PyTorch counts on from the encoder: of five levels, ublock6 is decoder4 and ublock9 decoder1.
+        for ours, theirs in ((f"encoder{i}", f"cblock{i}"), (f"decoder{i}", f"ublock{2 * levels - i}")):
+            for j in (1, 2):
+                layers |= {f"{ours}.conv{j}": f"{theirs}.conv{j}", f"{ours}.norm{j}": f"{theirs}.bn{j}"}
+        layers[f"down{i}"] = f"cblock{i}.transition_layer"
+        up = f"ublock{2 * levels - i}.transition_layer"
+        resize = model.upsampling == "resize"  # there a Sequential of resize, conv, norm and ReLU
+        layers |= {f"up{i}.conv": f"{up}.1" if resize else up, f"up{i}.norm": f"{up}.2"}
+    return layers
+
+
+def _advice(arrays: Mapping[str, np.ndarray], model: UNet) -> str:
+    """What to do about a state dict that does not fit: the fields of the UNet that it looks like, where they differ."""
+    blocks = 0
+    while f"cblock{blocks + 1}.conv1.bias" in arrays:
+        blocks += 1
+    if not blocks:
+        return "pass the network's own state dict, with names such as cblock1.conv1.weight"
+    like: dict[str, Any] = {
+        "downsampling": "strided_conv" if "cblock1.transition_layer.weight" in arrays else "max_pool",
+        "upsampling": "resize" if any(".transition_layer.1." in name for name in arrays) else "transposed_conv",
+        "widths": tuple(np.size(arrays[f"cblock{i + 1}.conv1.bias"]) for i in range(blocks)),
+    }
+    if f"conv{2 * blocks + 1}.bias" in arrays:
+        like["num_classes"] = np.size(arrays[f"conv{2 * blocks + 1}.bias"])
+    differing = ", ".join(f"{field}={value!r}" for field, value in like.items() if value != getattr(model, field))
+    return (
+        f"it looks like one of UNet({differing})" if differing else "its file may be incomplete or from another network"
+    )

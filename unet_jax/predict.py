@@ -1,0 +1,241 @@
+"""A run's checkpoint as a function of pictures of any size: `load("runs/mp_tr_dice")(images)`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from unet_jax import device, runs
+from unet_jax.checkpoint import Restored
+from unet_jax.config import RunConfig
+from unet_jax.data.cache import resize
+from unet_jax.data.source import Example
+from unet_jax.errors import InputError
+from unet_jax.model import UNet
+from unet_jax.plots import colour_labels
+from unet_jax.train import TrainState, infer, make_model
+
+Mode = Literal["resize", "tile"]
+Images = np.ndarray | Sequence[np.ndarray]
+Image.init()
+# The common formats, and none whose reader starts other programs.
+FORMATS: list[str] = [
+    name for name in ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM") if name in Image.OPEN
+]
+MAX_PIXELS = 89_478_485  # of a picture; Pillow's own limit for what may be a decompression bomb
+UNIT = 128  # tile mode pads sides to multiples of it: pictures of many sizes make few shapes to compile
+
+
+def probabilities_step(state: TrainState, images: Array, *, model: UNet) -> Array:
+    """Class probabilities float32 [N, H, W, num_classes] of pictures uint8 [N, H, W, 3]."""
+    return jax.nn.softmax(infer(state, images, model))
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained network; call it with one picture uint8 [H, W, 3], or with a list of pictures of any sizes.
+
+    mode "resize" takes pictures to the training size and probabilities back, "tile" works at their own resolution in
+    overlapping windows of `tile_size`; `tta` averages the probabilities over the four flips.
+    """
+
+    config: RunConfig
+    restored: Restored
+    placement: device.Placement
+    tile_size: int
+    forward: Callable[[TrainState, Any], Array]
+
+    def __call__(self, images: Images, mode: Mode = "resize", tta: bool = False, probabilities: bool = False) -> Any:
+        """Labels uint8 [H, W], or with `probabilities` float32 [H, W, num_classes], of a picture; a list of a list.
+
+        Raises:
+          InputError: another mode, or something that is no picture.
+        """
+        single = isinstance(images, np.ndarray) and images.ndim == 3
+        pictures: list[Any] = [images] if single else list(images)
+        for i, picture in enumerate(pictures):
+            shape, dtype = np.shape(picture), getattr(picture, "dtype", type(picture).__name__)
+            if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+                raise InputError(f"picture {i} is {dtype} of shape {shape}: pictures are uint8 arrays [H, W, 3]")
+        if mode not in get_args(Mode):
+            raise InputError(f"unknown mode {mode!r}: choose from {', '.join(get_args(Mode))}")
+        answers = []
+        side = self.config.data.image_size
+        count = self.batch_size(side, side)
+        for start in range(0, len(pictures), count):
+            some = pictures[start : start + count]
+            if mode == "tile":
+                bands = [self.tiled(picture, tta) for picture in some]
+            else:
+                small = self.network(np.stack([self.shrink(picture) for picture in some]), tta)
+                bands = [grow(answer, *picture.shape[:2]) for answer, picture in zip(small, some, strict=True)]
+            answers += [assemble(band, probabilities) for band in bands]
+        return answers[0] if single else answers
+
+    def batch_size(self, height: int, width: int) -> int:
+        """How many pictures of this size go through the network at once: what a full-width network has memory for."""
+        pixels = 2**20 if jax.default_backend() == "cpu" else 2**22
+        return min(max(1, pixels // (height * width)), 16) * self.placement.devices
+
+    def shrink(self, image: np.ndarray) -> np.ndarray:
+        """The picture at the training size, resized as for training."""
+        return resize(Example("", image, image[:, :, 0]), self.config.data.image_size).image
+
+    def network(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
+        """Class probabilities float32 [N, H, W, num_classes] of uint8 [N, H, W, 3], of a size that fits the levels."""
+        filled = self.placement.devices
+        while filled < len(images):  # 1, 4 or 16 on a device: few shapes to compile
+            filled *= 4
+        count, images = len(images), np.pad(images, ((0, filled - len(images)), (0, 0), (0, 0), (0, 0)))
+        total = self.forward(self.restored.state, images)
+        if tta:
+            for axes in ((1,), (2,), (1, 2)):
+                total = total + jnp.flip(self.forward(self.restored.state, np.flip(images, axes)), axes)
+            total = total / 4
+        return np.asarray(total)[:count]
+
+    def tiled(self, image: np.ndarray, tta: bool = False) -> Iterator[np.ndarray]:
+        """Probabilities at the picture's own resolution, in bands [h, W, num_classes] from the top.
+
+        They are those of the whole picture (filled up to multiples of UNIT by reflection) in one pass, where that is
+        exact (see `windows`); memory goes with a tile and a band, not with the picture.
+        """
+        height, width = image.shape[:2]
+        levels = len(self.config.model.widths)
+        unit = max(UNIT, 2 ** (levels - 1))
+        padded = np.pad(image, ((0, -height % unit), (0, -width % unit), (0, 0)), mode="symmetric")
+        rows, columns = (windows(side, self.tile_size, margin_of(levels)) for side in padded.shape[:2])
+        h, w = len(rows[0][1]), len(columns[0][1])
+        count = self.batch_size(h, w)
+        band = np.zeros((h, padded.shape[1], len(self.config.data.class_names)), np.float32)
+        ends = [y for y, _ in rows[1:]] + [len(padded)]
+        for (y, row_weights), end in zip(rows, ends, strict=True):
+            for start in range(0, len(columns), count):
+                some = columns[start : start + count]
+                answers = self.network(np.stack([padded[y : y + h, x : x + w] for x, _ in some]), tta)
+                for (x, column_weights), answer in zip(some, answers, strict=True):
+                    band[:, x : x + w] += answer * (row_weights[:, None] * column_weights)[:, :, None]
+            done = end - y  # rows that no later tile reaches
+            yield band[: min(end, height) - y, :width]
+            band = np.concatenate([band[done:], np.zeros_like(band[:done])])
+
+
+def load(run: str | Path, tile_size: int | None = None) -> Predictor:
+    """The newest checkpoint of a run as a Predictor.
+
+    Raises:
+      InputError: there is no run or no checkpoint that can be read, or the tile size does not suit the network.
+    """
+    placement = device.placement()
+    config, restored = runs.load(Path(run), placement)
+    margin = margin_of(len(config.model.widths))
+    tile_size = tile_size or max(512, 8 * margin)
+    if tile_size % UNIT or tile_size < 3 * margin:
+        least = -(-3 * margin // UNIT) * UNIT
+        raise InputError(f"tiles of {tile_size}: this network needs a multiple of {UNIT} that is {least} or more")
+    step = partial(probabilities_step, model=make_model(config.model, len(config.data.class_names)))
+    forward = jax.jit(
+        step,
+        in_shardings=(placement.replicated, placement.batch),
+        out_shardings=placement.batch,
+        compiler_options=device.compiler_options(),
+    )
+    state = restored.state._replace(opt_state=None)
+    return Predictor(config, restored._replace(state=state), placement, tile_size, forward)
+
+
+def assemble(bands: Iterator[np.ndarray], probabilities: bool = False) -> np.ndarray:
+    """Labels uint8 [H, W], or the probabilities [H, W, C] themselves, from their bands [h, W, C] one after another."""
+    return np.concatenate([band if probabilities else band.argmax(-1).astype(np.uint8) for band in bands])
+
+
+def grow(probabilities: np.ndarray, height: int, width: int) -> Iterator[np.ndarray]:
+    """Probabilities [S, S, C] resized bilinearly to height x width, in bands [h, width, C] from the top."""
+    size, rows = len(probabilities), max(1, 2**21 // width)
+    channels = [Image.fromarray(np.ascontiguousarray(p)) for p in np.moveaxis(probabilities, -1, 0)]
+    for y in range(0, height, rows):
+        end = min(y + rows, height)
+        box = (0, y * size / height, size, end * size / height)
+        bands = [c.resize((width, end - y), Image.Resampling.BILINEAR, box) for c in channels]
+        yield np.stack([np.asarray(band) for band in bands], axis=-1)
+
+
+def margin_of(levels: int) -> int:
+    """More than the receptive field's radius, which is 2^(levels+2) - 5 at most, and a multiple of the coarsest pixel.
+
+    The radius: two 3x3 convs at each of the encoder's strides 1, 2, .. 2^(levels-1) and of the decoder's but the
+    last, one pixel of the finer grid for each step down and each step up, and the head's conv.
+    """
+    return 2 ** (levels + 2)
+
+
+def windows(size: int, tile: int, margin: int) -> list[tuple[int, np.ndarray]]:
+    """Origins, and weights [tile] that sum to 1 at each of `size` pixels, of the tiles that cover a side.
+
+    A tile has no say within `margin` of those of its borders that are not the picture's: what it says elsewhere has
+    its whole receptive field inside. All are multiples of the coarsest pixel, so that tiles share the picture's grid.
+    With transposed convolutions the blend is thus exact; the aligned-corner resize depends on the size as a whole.
+    """
+    tile, ramp = min(tile, size), margin // 2
+    origins = [*range(0, size - tile, tile - 2 * margin - ramp), size - tile]
+    weights, centres = np.zeros((len(origins), size), np.float32), np.arange(tile) + 0.5
+    for row, origin in zip(weights, origins, strict=True):
+        left = centres - margin if origin > 0 else ramp
+        right = tile - margin - centres if origin < size - tile else ramp
+        t = np.clip(np.minimum(left, right) / ramp, 0, 1)
+        row[origin : origin + tile] = t * t * (3 - 2 * t)
+    weights /= weights.sum(0)
+    return [(origin, row[origin : origin + tile]) for row, origin in zip(weights, origins, strict=True)]
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """The picture in a file as uint8 [H, W, 3]: upright, transparent parts on white, 16 bits scaled to 8.
+
+    Raises:
+      InputError: it cannot be read whole, or is larger than MAX_PIXELS.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(
+                    f"has {image.width}x{image.height} pixels, the limit is {MAX_PIXELS / 1e6:.0f} million"
+                )
+            image.load()
+            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+    except UnidentifiedImageError:
+        reason = "is no picture of a known format" if path.stat().st_size else "is empty"
+    except Exception as error:  # damaged files fail in as many ways as there are formats
+        reason = f"{error}".split("\n")[0].replace(str(path), "it")[:150] or type(error).__name__
+    raise InputError(f"{path}: {reason}")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise InputError("has floating-point values: save it with 8 or 16 bits")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """The picture uint8 [H, W, 3] tinted in the classes' colours, with lines between them."""
+    tints = Image.fromarray(colour_labels(labels, classes))
+    tinted = np.array(Image.blend(Image.fromarray(image), tints, 0.45))
+    width = max(1, round(max(labels.shape) / 400))
+    edges = np.zeros(labels.shape, bool)
+    edges[width:] |= labels[width:] != labels[:-width]
+    edges[:, width:] |= labels[:, width:] != labels[:, :-width]
+    tinted[edges] = 255
+    return tinted
