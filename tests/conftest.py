@@ -10,7 +10,7 @@ import pytest
 CACHE = tempfile.mkdtemp(prefix="unet_jax_tests_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-# And LLVM's optimizations are most of compiling: without them it takes a fifth of the time.
+# And LLVM's optimizations are most of compiling: without them it takes less than half the time.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 # A [C] array that meets a [N, H, W, C] one must say so.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

@@ -37,12 +37,15 @@ def apply_params(module: nn.Module):
     return lambda params, x: module.apply({"params": params}, x)
 
 
-@pytest.mark.parametrize(("kernel_size", "strides"), [(3, 1), (3, 2), (1, 1)])
-def test_conv_is_linens_with_padding_that_keeps_the_size(kernel_size, strides):
+@pytest.mark.parametrize(
+    ("kernel_size", "strides", "shape"),
+    [(3, 1, (2, 8, 6, 3)), (3, 2, (2, 8, 6, 3)), (3, 2, (2, 7, 4, 3)), (1, 1, (1, 7, 1, 3))],
+)
+def test_conv_is_linens_with_padding_that_keeps_the_size(kernel_size, strides, shape):
     params = {"kernel": normal(kernel_size, kernel_size, 3, 5), "bias": normal(5)}
     size = (kernel_size, kernel_size)
     linen = nn.Conv(5, size, strides=strides, padding=kernel_size // 2)
-    assert_same(apply_params(Conv(5, kernel_size, strides)), apply_params(linen), params, normal(2, 8, 6, 3))
+    assert_same(apply_params(Conv(5, kernel_size, strides)), apply_params(linen), params, normal(*shape))
 
 
 TRANSPOSED_PARAMS = {"kernel": normal(3, 3, 5, 4), "bias": normal(5)}

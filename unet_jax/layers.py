@@ -304,7 +304,7 @@ class BatchNorm(nn.Module):
         if not train:
             gain = scale * lax.rsqrt(running_var.value + self.epsilon)
             shift = bias - running_mean.value * gain
-            a = jnp.maximum(x, 0) if self.relu_first else x
+            a = nn.relu(x) if self.relu_first else x
             return (a.astype(gain.dtype) * gain[None, None, None] + shift[None, None, None]).astype(x.dtype)
         y, mean, var = normalize(x, scale, bias, self.epsilon, self.relu_first)
         if not self.is_initializing():

@@ -50,7 +50,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 def init_state(model: UNet, optimizer: optax.GradientTransformation, seed: int, channels: int = 3) -> TrainState:
     """A fresh state; its parameters depend on the seed and the network alone, not on the size of pictures."""
     side = 2 ** (len(model.widths) - 1)
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, side, side, channels), jnp.float32))
+    # Under jit, which drops the forward pass: run eagerly, each of its operations would be compiled by itself.
+    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, channels), jnp.float32))
     params = variables["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
 
