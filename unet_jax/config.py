@@ -125,8 +125,8 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
     model = ModelConfig(row.downsampling, row.upsampling)
     if dataset == "synthetic":
         # Small enough for minutes on two cores: the bare command is to show learning anywhere.
-        data = DataConfig(dataset, image_size=64, train_examples=480, test_examples=120)
-        return RunConfig(variant, data, model, TrainConfig(row.loss, batch_size=16, epochs=8))
+        data = DataConfig(dataset, image_size=64, train_examples=400, test_examples=100)
+        return RunConfig(variant, data, model, TrainConfig(row.loss, batch_size=16, epochs=5))
     if dataset == "folder":
         data = DataConfig(dataset, class_names=())
         return RunConfig(variant, data, model, TrainConfig(row.loss, FOLDER_BATCH_SIZE))

@@ -76,7 +76,7 @@ def compiler_options(deterministic: bool = False) -> dict[str, str | bool]:
 
 def set_up_compilation_cache(folder: Path) -> None:
     """Keeps compiled programs in `folder`, unless JAX_COMPILATION_CACHE_DIR says where: a second start is quick."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

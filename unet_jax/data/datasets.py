@@ -61,7 +61,7 @@ def sources(config: DataConfig, seed: int) -> dict[str, Source]:
       InputError: they cannot be prepared or read.
     """
     if config.dataset == "synthetic":
-        counts = {"train": config.train_examples or 480, "test": config.test_examples or 120}
+        counts = {"train": config.train_examples or 400, "test": config.test_examples or 100}
         return {split: synthetic.source(split, n, config.image_size, seed) for split, n in counts.items()}
     if config.dataset == "folder":
         from unet_jax.data import folder  # with JAX, for which other datasets' checks of flags are not to wait
