@@ -246,12 +246,12 @@ def test_command(run, tmp_path):
     )
     predictor = predict.load(run)
     for name, seed in zip(names, (0, 1), strict=True):
-        mask = Image.open(out / f"{name}_mask.png")
-        assert (mask.mode, mask.getpalette()[:9]) == ("P", palette(3).flatten().tolist())
-        np.testing.assert_array_equal(np.asarray(mask), predictor(picture(40, 60, seed)))
-        probabilities = np.load(out / f"{name}_probabilities.npz")["probabilities"]
-        np.testing.assert_array_equal(probabilities.argmax(-1), np.asarray(mask))
-        assert Image.open(out / f"{name}_overlay.png").size == (60, 40)
+        with Image.open(out / f"{name}_mask.png") as mask, np.load(out / f"{name}_probabilities.npz") as file:
+            assert (mask.mode, mask.getpalette()[:9]) == ("P", palette(3).flatten().tolist())
+            np.testing.assert_array_equal(np.asarray(mask), predictor(picture(40, 60, seed)))
+            np.testing.assert_array_equal(file["probabilities"].argmax(-1), np.asarray(mask))
+        with Image.open(out / f"{name}_overlay.png") as overlay:
+            assert overlay.size == (60, 40)
 
 
 def test_command_refuses(run, tmp_path, script, monkeypatch):
