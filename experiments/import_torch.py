@@ -1,0 +1,72 @@
+"""A run from PyTorch weights: `python experiments/import_torch.py WEIGHTS.pth --variant mp_tr_dice --out runs/theirs`.
+
+The run folder can be evaluated, predicted with, exported, and trained from (--init-from). Needs torch (extra `bench`).
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from unet_jax.config import default_config, to_dict
+from unet_jax.errors import InputError, exit_on_input_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to import, and where to."""
+
+    weights: Annotated[Path, tyro.conf.Positional]
+    """A state dict saved by torch.save; it is loaded with weights_only."""
+    variant: str
+    """The variant that the weights are of."""
+    out: Path
+    """The run's folder, which must not hold a run yet."""
+    image_size: int = 240
+    """Height and width that the network was trained at."""
+
+
+def read_state_dict(path: Path) -> dict[str, Any]:
+    """The arrays of a state dict by name.
+
+    Raises:
+      InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise InputError("importing needs torch: pip install 'unet-jax[bench]'") from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is no archive of tensors fails in many ways
+        raise InputError(f"{path} cannot be read as weights: {str(error).strip().splitlines()[0][:150]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise InputError(f"{path} holds no state dict: save network.state_dict()")
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def main(options: Options) -> None:
+    config = default_config(options.variant, "oxford_iiit_pet")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=options.image_size))
+    arrays = read_state_dict(options.weights)
+    if (options.out / "config.json").exists():
+        raise InputError(f"{options.out} holds a run already: choose another --out")
+    from unet_jax import checkpoint, runs, train
+    from unet_jax.from_pytorch import variables_from_state_dict
+
+    model = train.make_model(config.model, len(config.data.class_names))
+    variables = variables_from_state_dict(arrays, model)
+    state = train.init_state(model, train.make_optimizer(config.train), config.train.seed)
+    state = state._replace(params=variables["params"], batch_stats=variables["batch_stats"])
+    with runs.lock(options.out):
+        with checkpoint.manager(options.out / "checkpoints", 0) as checkpoints:
+            checkpoint.save(checkpoints, state, checkpoint.Progress([], []))
+        runs.write_json(options.out / "environment.json", runs.environment())
+        runs.write_json(options.out / "config.json", to_dict(config))
+    print(f"{options.out}: {options.variant} with the weights of {options.weights}")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main(tyro.cli(Options, description=__doc__))
