@@ -136,7 +136,7 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
 def check_size(height: int, width: int, levels: int) -> None:
     """Raises InputError unless both sides are positive multiples of 2^(levels-1)."""
     multiple = 2 ** (levels - 1)
-    if min(height, width) < 1 or height % multiple or width % multiple:
+    if height % multiple or width % multiple or height < 1 or width < 1:  # no min(): jax.export has symbolic sides
         nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]
         raise InputError(
             f"pictures of {height}x{width} do not fit {levels} levels: height and width must be multiples of"

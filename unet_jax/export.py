@@ -43,7 +43,7 @@ def export_step(config: RunConfig, state: TrainState) -> export.Exported:
         return probabilities_step(lax.optimization_barrier(state), images, model=model)
 
     shape = export.symbolic_shape(input_shape(config))
-    limit = jax.config.read("jax_traceback_in_locations_limit")
+    limit = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
     jax.config.update("jax_traceback_in_locations_limit", 0)  # no file names of this machine in the artifact
     try:
         return export.export(jax.jit(step), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, jnp.uint8))
