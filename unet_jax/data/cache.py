@@ -92,12 +92,12 @@ def _build(source: Source, size: int, count: int, folder: Path) -> None:
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _decode(source, size, count, building)
-        shutil.rmtree(folder, ignore_errors=True)  # what _open refused
         try:
             building.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same arrays
-                raise
+        except OSError:  # in its place is what _open refused, unless another process was faster
+            if _open(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
