@@ -91,8 +91,8 @@ class Predictor:
     def network(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
         """Class probabilities float32 [N, H, W, num_classes] of uint8 [N, H, W, 3], of a size that fits the levels."""
         filled = self.placement.devices
-        while filled < len(images):  # 1, 4 or 16 on a device: few shapes to compile
-            filled *= 4
+        while filled < len(images):  # to a power of two for each device: few shapes to compile
+            filled *= 2
         count, images = len(images), np.pad(images, ((0, filled - len(images)), (0, 0), (0, 0), (0, 0)))
         total = self.forward(self.restored.state, images)
         if tta:
