@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unet_jax.checkpoint import Restored
     from unet_jax.data.cache import Split
     from unet_jax.device import Placement
-    from unet_jax.train import TrainState
+    from unet_jax.train import Steps, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,7 @@ def train_run(options: Options, placement: "Placement") -> None:
     """Makes one run, or what is left of it: from the checks before the first file to the figures after the last."""
     from unet_jax import runs
     from unet_jax.data.batches import Loader
+    from unet_jax.train import make_steps
 
     config, folder = options.config, Path(options.workdir or ".")
     if _is_done(folder, config, options.overwrite):
@@ -105,8 +106,9 @@ def train_run(options: Options, placement: "Placement") -> None:
         runs.write_json(folder / "config.json", to_dict(config))
         runs.write_json(folder / "environment.json", runs.environment())
         print(f"{config.variant} on {config.data.dataset}: {len(train)} steps an epoch, files in {folder}")
-        state, records = train_epochs(options, folder, placement, train, test, restored or initial)
-        finish(config, folder, state, records, splits["test"])
+        steps = make_steps(config, placement, options.deterministic)
+        state, records = train_epochs(config, folder, steps, train, test, restored or initial)
+        finish(config, folder, steps, state, records, splits["test"])
 
 
 def _is_done(folder: Path, config: RunConfig, overwrite: bool) -> bool:
@@ -176,16 +178,15 @@ def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored
 
 
 def train_epochs(
-    options: Options, folder: Path, placement: "Placement", train: Any, test: Any, start: "Restored"
+    config: RunConfig, folder: Path, steps: "Steps", train: Any, test: Any, start: "Restored"
 ) -> "tuple[TrainState, list[dict[str, Any]]]":
     """Trains to the last epoch; each ends with its line, its record in metrics.jsonl, and a checkpoint."""
     from tqdm import tqdm
 
     from unet_jax import checkpoint, runs
-    from unet_jax.train import NonFiniteLossError, StepResult, fit, make_steps
+    from unet_jax.train import NonFiniteLossError, StepResult, fit
 
-    config, state, records = options.config, start.state, list(start.progress.records)
-    steps = make_steps(config, placement, options.deterministic)
+    state, records = start.state, list(start.progress.records)
     clock = Clock(config.train.epochs, len(train), len(test), int(state.step))
     bar: Any = None
     try:
@@ -247,18 +248,19 @@ class Clock:
         return line
 
 
-def finish(config: RunConfig, folder: Path, state: "TrainState", records: list[dict[str, Any]], test: "Split") -> None:
+def finish(
+    config: RunConfig, folder: Path, steps: "Steps", state: "TrainState", records: list[dict[str, Any]], test: "Split"
+) -> None:
     """The figures, the summary and the last line."""
     import jax
     import numpy as np
 
-    from unet_jax import device, plots, runs
-    from unet_jax.train import make_steps
+    from unet_jax import plots, runs
 
     names, data = config.data.class_names, config.data
     title = f"{config.variant} on {data.dataset} ({data.image_size}x{data.image_size}, {len(records)} epochs)"
     images, labels = np.asarray(test.images[:10]), np.asarray(test.labels[:10])
-    predictions = np.asarray(make_steps(config, device.placement()).predict(state, images))
+    predictions = np.asarray(steps.predict(state, images))
     plots.metrics_figure(records, title).savefig(folder / "metrics.png")
     plots.results_figure(images, labels, predictions, names, title).savefig(folder / "results.png")
     summary = {
@@ -293,5 +295,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_input_error():
+    with exit_on_input_error("interrupted; the same command goes on from the last checkpoint"):
         main()

@@ -13,6 +13,7 @@ import dacite
 from unet_jax.errors import InputError
 
 FORMAT_VERSION = 1  # of config.json
+SYNTHETIC_EXAMPLES = {"train": 400, "test": 100}  # the default: there is no end of them
 FOLDER_BATCH_SIZE = 16  # the default, and never more than there are training pictures
 IGNORE_LABEL = 255  # pixels with this label count in no loss, no gradient and no metric
 
@@ -125,7 +126,8 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
     model = ModelConfig(row.downsampling, row.upsampling)
     if dataset == "synthetic":
         # Small enough for minutes on two cores: the bare command is to show learning anywhere.
-        data = DataConfig(dataset, image_size=64, train_examples=400, test_examples=100)
+        train, test = SYNTHETIC_EXAMPLES["train"], SYNTHETIC_EXAMPLES["test"]
+        data = DataConfig(dataset, image_size=64, train_examples=train, test_examples=test)
         return RunConfig(variant, data, model, TrainConfig(row.loss, batch_size=16, epochs=5))
     if dataset == "folder":
         data = DataConfig(dataset, class_names=())

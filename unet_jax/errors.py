@@ -11,8 +11,11 @@ class InputError(Exception):
 
 
 @contextlib.contextmanager
-def exit_on_input_error() -> Iterator[None]:
-    """Turns an InputError (or a full disk) into one line on stderr and exit status 2, for the experiments' `main`."""
+def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
+    """Turns an InputError (or a full disk) into one line on stderr and exit status 2, for the experiments' `main`.
+
+    `interrupted` is what Ctrl-C prints, with exit status 1.
+    """
     try:
         yield
     except InputError as error:
@@ -22,7 +25,7 @@ def exit_on_input_error() -> Iterator[None]:
             raise
         message = f"{error.strerror}: {error.filename or 'writing a file'}; free some room or choose another folder"
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(interrupted)
     else:
         return
     print(f"error: {message}", file=sys.stderr)

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from unet_jax.config import FOLDER_BATCH_SIZE, DataConfig, DatasetName, RunConfig
+from unet_jax.config import FOLDER_BATCH_SIZE, SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig
 from unet_jax.data import oxford_iiit_pet, synthetic
 from unet_jax.data.source import Source
 from unet_jax.errors import InputError
@@ -61,7 +61,8 @@ def sources(config: DataConfig, seed: int) -> dict[str, Source]:
       InputError: they cannot be prepared or read.
     """
     if config.dataset == "synthetic":
-        counts = {"train": config.train_examples or 400, "test": config.test_examples or 100}
+        asked = {"train": config.train_examples, "test": config.test_examples}
+        counts = {split: asked[split] or default for split, default in SYNTHETIC_EXAMPLES.items()}
         return {split: synthetic.source(split, n, config.image_size, seed) for split, n in counts.items()}
     if config.dataset == "folder":
         from unet_jax.data import folder  # with JAX, for which other datasets' checks of flags are not to wait
