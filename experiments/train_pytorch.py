@@ -1,0 +1,110 @@
+"""Trains PyTorch's network as a run of ours was: `python experiments/train_pytorch.py runs/mp_tr_ce --out theirs`.
+
+Same pictures, order of batches, loss, optimizer and metrics as the run's config.json says; initial weights and dropout
+are PyTorch's own, of the config's seed. The folder has the files of a run, which report.py takes. Needs extra `bench`.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytorch_reference
+import torch
+import tyro
+from tqdm import tqdm
+
+from unet_jax import runs
+from unet_jax.config import RunConfig, to_dict
+from unet_jax.data.batches import shuffled
+from unet_jax.data.cache import Split, default_cache_dir, load_split
+from unet_jax.data.datasets import sources
+from unet_jax.errors import InputError, exit_on_input_error
+from unet_jax.metrics import PictureSums, picture_sums, scores
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which run is repeated, and where to."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run, of which config.json alone is read."""
+    out: Path
+    """Folder for config.json, environment.json and metrics.jsonl."""
+
+
+def forward(network: Any, split: Split, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 logits [N, C, H, W] and labels int64 [N, H, W] of these pictures."""
+    images = torch.from_numpy(split.images[rows]).to(DEVICE).permute(0, 3, 1, 2)  # NHWC in memory: channels_last
+    with torch.autocast("cuda", torch.bfloat16, enabled=DEVICE == "cuda"):
+        logits = network(images.float() / 255)
+    return logits.float(), torch.from_numpy(split.labels[rows]).to(DEVICE).long()
+
+
+@torch.inference_mode()
+def evaluate(config: RunConfig, network: Any, test: Split) -> dict[str, Any]:
+    """The metrics of unet_jax.train.evaluate, by the same code."""
+    losses, parts, size = [], [], config.train.batch_size
+    for start in range(0, len(test.names), size):
+        logits, labels = forward(network, test, np.arange(start, min(start + size, len(test.names))))
+        losses.append(getattr(pytorch_reference, config.train.loss)(logits, labels).item())
+        nhwc = jnp.asarray(logits.permute(0, 2, 3, 1).cpu().numpy())
+        parts.append(jax.device_get(picture_sums(nhwc, labels.cpu().numpy().astype(np.uint8), np.ones(len(nhwc)))))
+    sums = PictureSums(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return {"test_loss": float(np.mean(losses)), **scores(sums, config.data.class_names)}
+
+
+def main(options: Options) -> None:
+    config = runs.read_config(options.run)
+    data, train_config, size = config.data, config.train, config.train.batch_size
+    if not hasattr(pytorch_reference, train_config.loss):
+        raise InputError(f"{options.run} has the loss {train_config.loss}, which the PyTorch side lacks")
+    if (options.out / "metrics.jsonl").exists():
+        raise InputError(f"{options.out} holds a run already: choose another --out")
+    counts = {"train": data.train_examples, "test": data.test_examples}
+    found = sources(data, train_config.seed)
+    train, test = (load_split(found[s], data.image_size, n, default_cache_dir()) for s, n in counts.items())
+    torch.manual_seed(train_config.seed)
+    model = config.model
+    network: Any = pytorch_reference.UNet(
+        model.downsampling, model.upsampling, model.widths, len(data.class_names), model.dropout_rate
+    ).to(DEVICE, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=train_config.learning_rate)
+    options.out.mkdir(parents=True, exist_ok=True)
+    runs.write_json(options.out / "config.json", to_dict(config))
+    framework = {"framework": "pytorch", "torch": torch.__version__, "torch_device": DEVICE}
+    runs.write_json(options.out / "environment.json", runs.environment() | framework)
+    records: list[dict[str, Any]] = []
+    for epoch in range(1, train_config.epochs + 1):
+        start, losses = time.perf_counter(), []
+        order = shuffled(len(train.names), train_config.seed, epoch)
+        network.train()
+        for first in tqdm(range(0, len(order), size), f"epoch {epoch}", unit="step"):
+            loss = getattr(pytorch_reference, train_config.loss)(*forward(network, train, order[first : first + size]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        values = torch.stack(losses).tolist()
+        seconds = time.perf_counter() - start
+        weights = [len(order[first : first + size]) for first in range(0, len(order), size)]
+        record = {
+            "epoch": epoch,
+            "train_loss": float(np.average(values, weights=weights)),
+            "last_batch_loss": values[-1],
+        }
+        record |= evaluate(config, network.eval(), test)
+        record |= {"learning_rate": train_config.learning_rate, "seconds": seconds}
+        records.append({**record, "images_per_second": len(order) / seconds})
+        runs.write_records(options.out, records)
+        print(f"Test set: average loss {record['test_loss']:.4f}, mean IoU {record['mean_iou']:.4f}")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main(tyro.cli(Options, description=__doc__))
