@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from unet_jax import cpu_convs, layers
 from unet_jax.layers import BatchNorm, Conv, TransposedConv, double_axis, max_pool, resize_double
 
 
@@ -46,6 +47,32 @@ def test_conv_is_linens_with_padding_that_keeps_the_size(kernel_size, strides, s
     size = (kernel_size, kernel_size)
     linen = nn.Conv(5, size, strides=strides, padding=kernel_size // 2)
     assert_same(apply_params(Conv(5, kernel_size, strides)), apply_params(linen), params, normal(*shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6), (3, 5, 7), (2, 1, 1), (1, 15, 2)])
+def test_conv_of_many_features_is_linens(shape, monkeypatch):
+    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", 50_000)  # so that the batch is cut
+    monkeypatch.setattr(cpu_convs, "conv", chex.assert_max_traces(cpu_convs.conv, n=1))
+    chex.clear_trace_counter()
+    features, out = cpu_convs.WINOGRAD_FEATURES, cpu_convs.WINOGRAD_FEATURES + 3
+    params = {"kernel": normal(3, 3, features, out) / (3 * features**0.5), "bias": normal(out)}
+    x = normal(*shape, features)
+    assert_same(apply_params(Conv(out)), apply_params(nn.Conv(out, (3, 3), padding=1)), params, x)
+    with pytest.raises(AssertionError, match="traced"):  # the fast form is what was tested
+        jax.jit(apply_params(Conv(out)))(params, np.concatenate([x, x]))
+
+
+@pytest.mark.parametrize(("n", "nbytes", "chunk"), [(8, 2**23, 8), (8, 2**24, 4), (6, 2**25, 1), (12, 3 * 2**23, 4)])
+def test_chunks_are_divisors_that_fit(n, nbytes, chunk):
+    assert cpu_convs._chunk(n, nbytes) == chunk
+
+
+def test_forms_of_the_transposed_conv_agree():
+    # The CPU runs one of them, a GPU the other.
+    x, kernel = normal(2, 3, 4, 4), TRANSPOSED_PARAMS["kernel"]
+    forms = (layers._transposed_conv, cpu_convs.transposed_conv)
+    y, expected = (jax.jit(form)(x, kernel) for form in forms)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
 TRANSPOSED_PARAMS = {"kernel": normal(3, 3, 5, 4), "bias": normal(5)}

@@ -4,6 +4,7 @@ Layout is NHWC, kernels are HWIO. Parameters keep the names and shapes of the li
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
+
+from unet_jax import cpu_convs
 
 # PyTorch's defaults, which the reproduced runs used: both come to U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -28,6 +31,35 @@ def conv(x: Array, kernel: Array, strides: int = 1, padding: int | tuple[int, in
     pad = (padding, padding) if isinstance(padding, int) else padding
     dimensions = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(x, kernel, (strides, strides), (pad, pad), dimension_numbers=dimensions)
+
+
+def _by_platform(cpu: Callable[..., Array], default: Callable[..., Array], x: Array, kernel: Array) -> Array:
+    # The CPU's forms cut the batch into chunks, for which its size must be known: in jax.export it may be symbolic.
+    if not all(isinstance(side, int) for side in x.shape):
+        return default(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+
+@jax.custom_vjp
+def same_conv(x: Array, kernel: Array) -> Array:
+    """3x3 convolution of stride 1, x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O]; on the CPU by Winograd."""
+    return _by_platform(cpu_convs.conv, _same_conv, x, kernel)
+
+
+def _same_conv(x: Array, kernel: Array) -> Array:
+    return conv(x, kernel, padding=1)
+
+
+def _same_conv_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    return lax.platform_dependent(
+        *residuals,
+        g,
+        cpu=lambda x, kernel, g: (cpu_convs.input_gradient(kernel, g), cpu_convs.kernel_gradient(x, g)),
+        default=lambda x, kernel, g: jax.vjp(_same_conv, x, kernel)[1](g),
+    )
+
+
+same_conv.defvjp(lambda x, kernel: (same_conv(x, kernel), (x, kernel)), _same_conv_bwd)
 
 
 def channel_sum(x: Array) -> Array:
@@ -62,11 +94,15 @@ add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), lambda _, g: (g, chan
 def transposed_conv(x: Array, kernel: Array) -> Array:
     """3x3 transposed convolution of stride 2 that doubles x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O].
 
-    PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1) without its bias. Dilating the input (the
-    textbook form) multiplies mostly zeros; here one 2x2 convolution computes the four output phases at once: along an
-    axis, output 2i sees w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1]. Its gradients are those of the map
-    that it transposes, the 3x3 convolution of stride 2: 9 taps where the 2x2 convolution's would have 16.
+    PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1) without its bias. Along an axis, output 2i sees
+    w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1]. Dilating the input (the textbook form) multiplies mostly
+    zeros. The gradients are those of the map that it transposes, the 3x3 convolution of stride 2.
     """
+    return _by_platform(cpu_convs.transposed_conv, _transposed_conv, x, kernel)
+
+
+def _transposed_conv(x: Array, kernel: Array) -> Array:
+    # One 2x2 convolution computes the four output phases at once.
     n, h, w, in_features = x.shape
     out_features = kernel.shape[2]
     zero = jnp.zeros_like(kernel[0])
@@ -123,8 +159,12 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init, (k, k, in_features, self.features))
         bias = self.param("bias", bias_init(k * k * in_features), (self.features,))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        halves = k == 3 and self.strides == 2 and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
-        y = halving_conv(x, kernel) if halves else conv(x, kernel, self.strides, k // 2)
+        if (k, self.strides) == (3, 1) and min(in_features, self.features) >= cpu_convs.WINOGRAD_FEATURES:
+            y = same_conv(x, kernel)
+        elif (k, self.strides) == (3, 2) and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
+            y = halving_conv(x, kernel)
+        else:
+            y = conv(x, kernel, self.strides, k // 2)
         return add_bias(y, bias.astype(self.dtype))
 
 
