@@ -4,11 +4,15 @@ Every contender of a cell (variant, train step or inference, picture size, batch
 that a drift of the machine's speed hits all alike; read the ratios, not the seconds. A step is one on a constant batch
 that lies on the device: training is forward, loss, gradient and Adam; inference is pictures to logits. PyTorch runs
 eager and through torch.compile (inference; on a GPU training too), channels_last, on a GPU with bfloat16 autocast.
+"linen" is our network with linen's own layers in place of ours. Peak memory is that of a process of its own for each
+contender: of the device on a GPU, else of the process.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -16,9 +20,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share the GPU's memory here
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +33,7 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-from unet_jax import device, runs, train
+from unet_jax import device, model, plots, runs, train
 from unet_jax.config import VARIANTS, default_config
 from unet_jax.data.batches import Batch
 from unet_jax.errors import exit_on_input_error
@@ -48,6 +54,10 @@ class Options:
     """Timed runs of each contender, after one that compiles."""
     torch_compile: bool = True
     """Include torch.compile, which takes its minute a cell."""
+    linen: bool = False
+    """Include linen's own layers."""
+    memory: bool = False
+    """Measure peak memory too, ours and eager PyTorch's."""
     out: Path = Path("benchmark")
     """Folder for benchmark.json, benchmark.md and benchmark.png."""
 
@@ -56,11 +66,11 @@ def ours(variant: str, work: Work, images: np.ndarray, labels: np.ndarray) -> Ca
     """A function that does one step of ours and waits for it."""
     place = device.placement()
     config = default_config(variant, "synthetic")
-    steps, model = train.make_steps(config, place), train.make_model(config.model, 3)
-    state = jax.device_put(train.init_state(model, train.make_optimizer(config.train), 0), place.replicated)
+    steps, network = train.make_steps(config, place), train.make_model(config.model, 3)
+    state = jax.device_put(train.init_state(network, train.make_optimizer(config.train), 0), place.replicated)
     batch = jax.device_put(Batch(images, labels, np.ones(len(images), np.float32)), place.batch)
     if work == "inference":
-        infer = jax.jit(functools.partial(train.infer, model=model), compiler_options=device.compiler_options())
+        infer = jax.jit(functools.partial(train.infer, model=network), compiler_options=device.compiler_options())
         return lambda: jax.block_until_ready(infer(state, batch.images))
     states = [state]
 
@@ -68,6 +78,52 @@ def ours(variant: str, work: Work, images: np.ndarray, labels: np.ndarray) -> Ca
         states[0], loss = steps.train(states[0], batch)
         jax.block_until_ready((states[0], loss))
 
+    return step
+
+
+class LinenBatchNorm(nn.Module):
+    """linen's batch norm behind the interface of ours."""
+
+    relu_first: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.relu(x) if self.relu_first else x
+        return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+
+
+def linen_conv(features: int, kernel_size: int = 3, strides: int = 1, **kwargs: Any) -> nn.Module:
+    return nn.Conv(features, (kernel_size, kernel_size), strides, kernel_size // 2, **kwargs)
+
+
+def linen_transposed_conv(features: int, **kwargs: Any) -> nn.Module:
+    return nn.ConvTranspose(features, (3, 3), (2, 2), ((1, 2), (1, 2)), transpose_kernel=True, **kwargs)
+
+
+def aligned_resize(x: jax.Array) -> jax.Array:
+    scale = jnp.array([(2 * side - 1) / max(side - 1, 1) for side in x.shape[1:3]], x.dtype)
+    shape = (len(x), 2 * x.shape[1], 2 * x.shape[2], x.shape[3])
+    return jax.image.scale_and_translate(x, shape, (1, 2), scale, (1 - scale) / 2, "linear", antialias=False)
+
+
+LINEN = {
+    "Conv": linen_conv,
+    "TransposedConv": linen_transposed_conv,
+    "BatchNorm": LinenBatchNorm,
+    "max_pool": functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
+    "resize_double": aligned_resize,
+}
+
+
+def linen(variant: str, work: Work, images: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:
+    """The same with linen's own layers, compiled as jit does by itself."""
+    with contextlib.ExitStack() as exchanged:
+        for name, layer in LINEN.items():
+            exchanged.enter_context(mock.patch.object(model, name, layer))
+        for module in (device, train):
+            exchanged.enter_context(mock.patch.object(module, "compiler_options", return_value={}))
+        step = ours(variant, work, images, labels)
+        step()  # is traced now
     return step
 
 
@@ -123,48 +179,76 @@ def matrix_peak() -> float:
     return 2 * n**3 / min(times)
 
 
+def constant_batch(size: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [batch, size, size, 3] and labels uint8 [batch, size, size]."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (batch, size, size, 3), np.uint8), rng.integers(0, 3, (batch, size, size), np.uint8)
+
+
+def peak_memory(name: str, variant: str, work: Work, size: int, batch: int) -> int:
+    """Bytes that three steps of a contender take at most; to be called in a process that has done nothing else."""
+    data = constant_batch(size, batch)
+    step = ours(variant, work, *data) if name == "ours" else theirs(variant, work, *data, compiled=False)
+    for _ in range(3):
+        step()
+    if not ON_GPU:  # not getrusage's maximum, which a process inherits from the one that starts it
+        return 1024 * int(
+            next(x.split()[1] for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        )
+    if name == "ours":
+        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+    return torch.cuda.max_memory_allocated()
+
+
 def cell(options: Options, variant: str, work: Work, size: int, batch: int) -> dict[str, Any]:
     """The times of one cell, and what follows from them."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
-    labels = rng.integers(0, 3, (batch, size, size), np.uint8)
-    contenders = {
-        "ours": ours(variant, work, images, labels),
-        "torch eager": theirs(variant, work, images, labels, compiled=False),
-    }
+    data = constant_batch(size, batch)
+    contenders = {"ours": ours(variant, work, *data), "torch eager": theirs(variant, work, *data, compiled=False)}
     if options.torch_compile and (ON_GPU or work == "inference"):
-        contenders["torch.compile"] = theirs(variant, work, images, labels, compiled=True)
+        contenders["torch.compile"] = theirs(variant, work, *data, compiled=True)
+    if options.linen:
+        contenders["linen"] = linen(variant, work, *data)
     times = measure(contenders, options.repeats)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         pytorch_reference.UNet(VARIANTS[variant].downsampling, VARIANTS[variant].upsampling)(
             torch.zeros(1, 3, size, size)
         )
     flops = counter.get_total_flops() * batch * (3 if work == "train" else 1)
     # The ratio turn by turn: both of a turn met the machine at about the same speed.
-    best = min((n for n in times if n != "ours"), key=lambda n: statistics.median(times[n]))
+    best = min((n for n in times if n.startswith("torch")), key=lambda n: medians[n])
     ratios = [a / b for a, b in zip(times["ours"], times[best], strict=True)]
-    return {
+    result = {
         "variant": variant, "work": work, "size": size, "batch": batch, "seconds": times, "best_torch": best,
-        "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)],
-        "images_per_second": batch / statistics.median(times["ours"]),
-        "flop_per_second": flops / statistics.median(times["ours"]),
+        "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)], "medians": medians,
+        "images_per_second": batch / medians["ours"], "flop_per_second": flops / medians["ours"],
     }  # fmt: skip
+    if options.memory:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            names = ("ours", "torch eager")
+            peaks = [pool.apply(peak_memory, (name, variant, work, size, batch)) for name in names]
+        result["peak_bytes"] = dict(zip(names, peaks, strict=True))
+    return result
 
 
 def table(cells: list[dict[str, Any]], peak: float) -> str:
     """Markdown, a row a cell."""
-    lines = [
-        "| variant | work | size | batch | ours, s | PyTorch's best, s | ratio (min to max) | images/s | of peak |"
-    ]
-    lines.append("|---" * 9 + "|")
+    head = [
+        "variant", "work", "size", "batch", "ours, s", "PyTorch's best, s", "ratio (min to max)", "images/s",
+        "of peak", "linen / ours", "peak memory, ours / PyTorch",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for c in cells:
-        mine, other = (statistics.median(c["seconds"][name]) for name in ("ours", c["best_torch"]))
         low, high = c["ratio_range"]
-        lines.append(
-            f"| {c['variant']} | {c['work']} | {c['size']} | {c['batch']} | {mine:.4g} | {other:.4g}"
-            f" ({c['best_torch']}) | {c['ratio']:.2f} ({low:.2f} to {high:.2f}) | {c['images_per_second']:.1f}"
-            f" | {c['flop_per_second'] / peak:.0%} |"
-        )
+        linen_ratio = f"{c['medians']['linen'] / c['medians']['ours']:.2f}" if "linen" in c["medians"] else "-"
+        peaks = c.get("peak_bytes")
+        memory = " / ".join(f"{bytes_ / 1e9:.2f} GB" for bytes_ in peaks.values()) if peaks else "-"
+        row = (
+            c["variant"], c["work"], c["size"], c["batch"], f"{c['medians']['ours']:.4g}",
+            f"{c['medians'][c['best_torch']]:.4g} ({c['best_torch']})", f"{c['ratio']:.2f} ({low:.2f} to {high:.2f})",
+            f"{c['images_per_second']:.1f}", f"{c['flop_per_second'] / peak:.0%}", linen_ratio, memory,
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -184,6 +268,7 @@ def main() -> None:
                     result = {"environment": environment, "matrix_peak": peak, "cells": cells}
                     runs.write_json(options.out / "benchmark.json", result)
                     runs.write_text(options.out / "benchmark.md", table(cells, peak))
+                    plots.ratio_figure(cells, device.describe()).savefig(options.out / "benchmark.png")
     print(json.dumps(environment["versions"]))
 
 

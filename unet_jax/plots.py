@@ -107,3 +107,17 @@ def comparison_figure(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def ratio_figure(cells: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+    """A bar for each cell of the benchmark: our time over PyTorch's, with the range over the turns."""
+    figure = _figure(7, 1.2 + 0.28 * len(cells))
+    axes = figure.subplots()
+    labels = [f"{c['variant']} {c['work']} {c['batch']} x {c['size']}" for c in cells]
+    ratios = np.array([c["ratio"] for c in cells])
+    spread = np.abs(np.array([c["ratio_range"] for c in cells]).T - ratios)
+    axes.barh(labels, ratios, xerr=spread, color=COLOURS[0], ecolor=COLOURS[1])
+    axes.axvline(1, color=COLOURS[1], lw=1)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="time of a step, ours / PyTorch's best (below 1: ours is faster)", xlim=(0, None))
+    return figure

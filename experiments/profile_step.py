@@ -1,0 +1,90 @@
+"""Where a step's time goes: `python experiments/profile_step.py --variant mp_tr_ce --out trace`.
+
+Traces a few steps on a constant batch, for TensorBoard or Perfetto (the .trace.json.gz inside), and prints a table of
+time by layer and operation. On the CPU several threads work at once, and a convolution's own threads are not told apart
+from one another: times are busy thread time of what XLA names, so read the shares, and "untold" for the rest.
+"""
+
+import collections
+import dataclasses
+import re
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from unet_jax import device, train
+from unet_jax.config import default_config
+from unet_jax.data.batches import Batch
+from unet_jax.errors import exit_on_input_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to trace."""
+
+    variant: str = "mp_tr_dice"
+    """The variant, at full width."""
+    image_size: int = 128
+    """Height and width."""
+    batch_size: int = 8
+    """Pictures in the batch."""
+    steps: int = 3
+    """Traced training steps."""
+    rows: int = 30
+    """Rows of the table."""
+    out: Path = Path("trace")
+    """Folder of the trace."""
+
+
+def busy_seconds(folder: Path) -> dict[str, float]:
+    """Seconds by HLO operation, of the newest trace in the folder."""
+    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                if operation := dict(event.stats).get("hlo_op"):
+                    seconds[str(operation)] += event.duration_ns / 1e9
+    return seconds
+
+
+def layer_of(hlo: str) -> dict[str, str]:
+    """{operation: "forward encoder1/conv1 (convolution)"} from the metadata of a compiled program."""
+    names = {}
+    for name, opcode, path in re.findall(r'%?([\w.-]+) = .*? ([\w-]+)\(.*op_name="([^"]*)"', hlo):
+        layer = re.search(r"(?:encoder|decoder|down|up)\d+(?:/(?:conv|norm)\d*)?|head|logits", path)
+        direction = "gradient" if "transpose(" in path else "forward"
+        names[name] = f"{direction} {layer[0]} ({opcode})" if layer else f"loss, optimizer and others ({opcode})"
+    return names
+
+
+def main(options: Options) -> None:
+    config, place = default_config(options.variant, "synthetic"), device.placement()
+    model = train.make_model(config.model, 3)
+    state = jax.device_put(train.init_state(model, train.make_optimizer(config.train), 0), place.replicated)
+    size, rng = (options.batch_size, options.image_size, options.image_size), np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (*size, 3), np.uint8), rng.integers(0, 3, size, np.uint8)
+    batch = jax.device_put(Batch(images, labels, np.ones(len(images), np.float32)), place.batch)
+    step = train.make_steps(config, place).train.lower(state, batch).compile()  # type: ignore[attr-defined]
+    state, _ = jax.block_until_ready(step(state, batch))
+    with jax.profiler.trace(options.out):
+        start = time.perf_counter()
+        for _ in range(options.steps):
+            state, _ = jax.block_until_ready(step(state, batch))
+        wall = time.perf_counter() - start
+    names, totals = layer_of(step.as_text()), collections.Counter[str]()
+    for operation, seconds in busy_seconds(options.out).items():
+        totals[names.get(operation, f"others ({operation.split('.')[0]})")] += seconds  # type: ignore[assignment]
+    print(f"{device.describe()}; {1e3 * wall / options.steps:.1f} ms a step; trace in {options.out}\n")
+    print("| layer (operation) | ms a step | share of the step |\n|---|---|---|")
+    rest = [("untold", max(0.0, wall - sum(totals.values())))]
+    for name, seconds in totals.most_common(options.rows) + rest:
+        print(f"| {name} | {1e3 * seconds / options.steps:.2f} | {seconds / wall:.1%} |")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main(tyro.cli(Options, description=__doc__))
