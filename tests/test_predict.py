@@ -84,7 +84,8 @@ def test_a_list_is_its_pictures_one_by_one(predictor):
 def test_at_the_training_size_nothing_is_resized(predictor):
     image = picture(SIZE, SIZE)
     model = train.make_model(predictor.config.model, 3)
-    logits = jax.jit(train.infer, static_argnums=2)(predictor.restored.state, image[None], model)[0]
+    infer = jax.jit(train.infer, static_argnums=2, compiler_options=device.compiler_options())
+    logits = infer(predictor.restored.state, image[None], model)[0]
     np.testing.assert_allclose(predictor(image, probabilities=True), jax.nn.softmax(logits), atol=1e-6)
 
 
