@@ -27,11 +27,8 @@ labels = call(images).argmax(-1)"""
 
 def input_shape(config: RunConfig) -> str:
     """The shape of the artifact's pictures, in the notation of `jax.export.symbolic_shape`."""
-    if config.model.upsampling == "transposed_conv":
-        multiple = 2 ** (len(config.model.widths) - 1)
-        return f"n, {multiple}*h, {multiple}*w, 3"
-    side = config.data.image_size  # the aligned-corner resize has matrices that depend on the size
-    return f"n, {side}, {side}, 3"
+    multiple = 2 ** (len(config.model.widths) - 1)
+    return f"n, {multiple}*h, {multiple}*w, 3"
 
 
 def export_step(config: RunConfig, state: TrainState) -> export.Exported:
