@@ -88,7 +88,8 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         description = describe(config, int(restored.state.step), artifact, exported.calling_convention_version)
         (out / "model.json").unlink(missing_ok=True)  # it is written last: with it the folder is complete
-        (out / ARTIFACT).write_bytes(artifact)
+        with runs.replacing(out / ARTIFACT) as file:
+            file.write(artifact)
         runs.write_json(out / "model.json", description)
     except ImportError:
         raise InputError("exporting needs flatbuffers: pip install 'unet-jax[export]'") from None
