@@ -137,10 +137,10 @@ def lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --workdir") from None
+        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another folder") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"another process trains in {folder}: wait for it, or choose another --workdir") from None
+            raise InputError(f"another process trains in {folder}: wait for it, or choose another folder") from None
         yield
