@@ -7,7 +7,6 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 
 from unet_jax.config import DataConfig, ModelConfig, check_config, default_config, to_dict
@@ -65,13 +64,15 @@ def main(options: Options) -> None:
     arrays = read_state_dict(options.weights)
     if options.out.is_dir() and any(entry.name != ".lock" for entry in options.out.iterdir()):
         raise InputError(f"{options.out} is not empty: choose another --out")
+    import jax.numpy as jnp
+
     from unet_jax import checkpoint, runs, train
     from unet_jax.from_pytorch import variables_from_state_dict
 
     model = train.make_model(config.model, len(config.data.class_names))
     variables = variables_from_state_dict(arrays, model)
     moments = train.make_optimizer(config.train).init(variables["params"])
-    state = train.TrainState(np.int32(0), variables["params"], variables["batch_stats"], moments)
+    state = train.TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["batch_stats"], moments)
     with runs.lock(options.out):
         with checkpoint.manager(options.out / "checkpoints", 0) as checkpoints:
             checkpoint.save(checkpoints, state, checkpoint.Progress([], []))
