@@ -19,9 +19,10 @@ from unet_jax.train import TrainState, make_model
 PLATFORMS = ("cpu", "cuda", "tpu")
 ARTIFACT = "model.jaxexport"
 USAGE = """\
-import jax, pathlib
+import jax, json, pathlib
 model = jax.export.deserialize(bytearray(pathlib.Path("model.jaxexport").read_bytes()))
-call = jax.jit(model.call)  # on a CPU with compiler_options=cpu_compiler_options, for the checkpoint's own rounding
+options = json.loads(pathlib.Path("model.json").read_text())["cpu_compiler_options"]  # the checkpoint's own rounding
+call = jax.jit(model.call, compiler_options=options if jax.default_backend() == "cpu" else None)
 labels = call(images).argmax(-1)"""
 
 
