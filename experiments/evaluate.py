@@ -66,7 +66,8 @@ def evaluate_run(options: Options) -> None:
     draw_extremes(
         steps, restored.state, split, np.asarray(sums.confusion), data.class_names, out, f"{options.run.name}"
     )
-    print(f"{options.run}, epoch {epoch}, {len(split.names)} {options.split} pictures of {dataset}\n\n{text}")
+    trained = f"epoch {epoch}" if int(restored.state.step) else "imported weights"
+    print(f"{options.run}, {trained}, {len(split.names)} {options.split} pictures of {dataset}\n\n{text}")
     print(f"test loss {scores['test_loss']:.4f}, mean IoU {scores['mean_iou']:.4f}; files in {out}")
 
 

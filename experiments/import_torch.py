@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from unet_jax.config import default_config, to_dict
+from unet_jax.config import DataConfig, ModelConfig, check_config, default_config, to_dict
 from unet_jax.errors import InputError, exit_on_input_error
 
 
@@ -22,9 +22,13 @@ class Options:
     variant: str
     """The variant that the weights are of."""
     out: Path
-    """The run's folder, which must not hold a run yet."""
-    image_size: int = 240
+    """The run's folder, new or empty."""
+    image_size: int = DataConfig.image_size
     """Height and width that the network was trained at."""
+    widths: tuple[int, ...] = ModelConfig.widths
+    """Features of the encoder's blocks, from full resolution down."""
+    class_names: tuple[str, ...] = DataConfig.class_names
+    """A name for each class, in the order of the labels."""
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:
@@ -40,25 +44,35 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no archive of tensors fails in many ways
-        raise InputError(f"{path} cannot be read as weights: {str(error).strip().splitlines()[0][:150]}") from None
+        reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
+        raise InputError(f"{path} cannot be read as weights: {reason}") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise InputError(f"{path} holds no state dict: save network.state_dict()")
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
+    return {str(name): tensor.detach().float().numpy() for name, tensor in tensors.items()}
 
 
 def main(options: Options) -> None:
     config = default_config(options.variant, "oxford_iiit_pet")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=options.image_size))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, image_size=options.image_size, class_names=options.class_names),
+        model=dataclasses.replace(config.model, widths=options.widths),
+        # Where the weights come from, which no run of run.py has: it refuses to train over them.
+        train=dataclasses.replace(config.train, init_from=str(options.weights)),
+    )
+    check_config(config)
     arrays = read_state_dict(options.weights)
-    if (options.out / "config.json").exists():
-        raise InputError(f"{options.out} holds a run already: choose another --out")
+    if options.out.is_dir() and any(entry.name != ".lock" for entry in options.out.iterdir()):
+        raise InputError(f"{options.out} is not empty: choose another --out")
+    import jax.numpy as jnp
+
     from unet_jax import checkpoint, runs, train
     from unet_jax.from_pytorch import variables_from_state_dict
 
     model = train.make_model(config.model, len(config.data.class_names))
     variables = variables_from_state_dict(arrays, model)
-    state = train.init_state(model, train.make_optimizer(config.train), config.train.seed)
-    state = state._replace(params=variables["params"], batch_stats=variables["batch_stats"])
+    moments = train.make_optimizer(config.train).init(variables["params"])
+    state = train.TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["batch_stats"], moments)
     with runs.lock(options.out):
         with checkpoint.manager(options.out / "checkpoints", 0) as checkpoints:
             checkpoint.save(checkpoints, state, checkpoint.Progress([], []))

@@ -54,14 +54,14 @@ def find(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     found: dict[Path, Path] = {}
     bad = []
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            files = [p for p in sorted(path.iterdir()) if p.suffix.lower() in suffixes and p.is_file()]
+        is_folder = os.path.isdir(pattern)  # False for a name that is too long, where Path raises
+        if is_folder:
+            files = [p for p in sorted(Path(pattern).iterdir()) if p.suffix.lower() in suffixes and p.is_file()]
         else:
-            matches = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))
+            matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             files = [p for p in map(Path, matches) if p.is_file()]
         if not files:
-            bad.append(f"{pattern}: {'the folder has no pictures' if path.is_dir() else 'there is no such file'}")
+            bad.append(f"{pattern}: {'the folder has no pictures' if is_folder else 'there is no such file'}")
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values()), bad
@@ -73,6 +73,7 @@ def name_outputs(pictures: Sequence[Path]) -> list[str]:
     names: dict[str, str] = {}
     for path in pictures:
         name = path.stem if stems[path.stem.lower()] == 1 else f"{path.resolve().parent.name}-{path.stem}"
+        name = name.encode(errors="ignore")[:200].decode(errors="ignore")  # file names have 255 bytes at most
         numbered = (f"{name}{end}" for end in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
         free = next(n for n in numbered if n.lower() not in names)
         names[free.lower()] = free
@@ -112,72 +113,80 @@ def groups(pictures: Sequence[Path], names: Sequence[str], most: int) -> Iterato
     yield group
 
 
-class Pipeline:
-    """Reads a group and writes the one before in threads while the network is at work on the one between."""
+def read(path: Path, name: str, options: Options, predictor: "Predictor") -> tuple[str, np.ndarray, np.ndarray | None]:
+    """The name, the picture, and in resize mode what the network is to see of it."""
+    from unet_jax.predict import read_picture
 
-    def __init__(self, options: Options, predictor: "Predictor", pool: ThreadPoolExecutor, bar: Any) -> None:
-        """Nothing is done yet."""
-        self.options, self.predictor, self.pool, self.bar = options, predictor, pool, bar
-        self.bad: list[str] = []
-        self.network_seconds = 0.0
+    image = read_picture(path)
+    return name, image, predictor.shrink(image) if options.mode == "resize" else None
 
-    def run(self, groups: Iterator[list[tuple[Path, str]]]) -> None:
-        """Takes all groups from their files to their masks."""
-        reading: list[Future] = []
-        writing: list[Future] = []
-        for group in groups:
-            upcoming = [self.pool.submit(self.read, path, name) for path, name in group]
-            writing, reading = self.segment(reading, writing), upcoming
-        for future in self.segment(reading, writing):
-            future.result()
 
-    def read(self, path: Path, name: str) -> tuple[str, np.ndarray, np.ndarray | None]:
-        """The name, the picture, and in resize mode what the network is to see of it."""
-        from unet_jax.predict import read_picture
+def segment(pictures: Sequence[tuple], options: Options, predictor: "Predictor") -> list[np.ndarray]:
+    """What the network says of pictures that were read: at their own size in tile mode, else at the training size."""
+    from unet_jax.predict import assemble
 
-        image = read_picture(path)
-        return name, image, self.predictor.shrink(image) if self.options.mode == "resize" else None
+    if options.mode == "tile":
+        return [assemble(predictor.tiled(image, options.tta), options.probabilities) for _, image, _ in pictures]
+    return list(predictor.network(np.stack([small for _, _, small in pictures]), options.tta)) if pictures else []
 
-    def segment(self, reading: list[Future], writing: list[Future]) -> list[Future]:
-        """Sends what was read through the network; once the group before is written, has this one written."""
-        from unet_jax.predict import assemble
 
-        pictures, options = [], self.options
-        for future in reading:
-            try:
-                pictures.append(future.result())
-            except InputError as error:
-                self.bad.append(str(error))
-                self.bar.update()
-        start, answers = time.perf_counter(), []
-        if options.mode == "tile":
-            for _, image, _ in pictures:
-                answers.append(assemble(self.predictor.tiled(image, options.tta), options.probabilities))
-        elif pictures:
-            answers = list(self.predictor.network(np.stack([small for _, _, small in pictures]), options.tta))
-        self.network_seconds += time.perf_counter() - start
-        for future in writing:
-            future.result()
-        triples = zip(pictures, answers, strict=True)
-        return [self.pool.submit(self.write, name, image, answer) for (name, image, _), answer in triples]
+def write(name: str, image: np.ndarray, answer: np.ndarray, options: Options, class_names: Sequence[str]) -> None:
+    """Takes an answer to the picture's own size, if it is not yet, and writes the files."""
+    from unet_jax import runs
+    from unet_jax.plots import palette
+    from unet_jax.predict import assemble, grow, overlay
 
-    def write(self, name: str, image: np.ndarray, answer: np.ndarray) -> None:
-        """Takes an answer to the picture's own size, if it is not yet, and writes the files."""
-        from unet_jax.plots import palette
-        from unet_jax.predict import assemble, grow, overlay
-
-        out, class_names = self.options.out, self.predictor.config.data.class_names
-        if self.options.mode == "resize":
-            answer = assemble(grow(answer, *image.shape[:2]), self.options.probabilities)
-        labels = answer.argmax(-1).astype(np.uint8) if self.options.probabilities else answer
-        mask = Image.fromarray(labels)
-        mask.putpalette(palette(len(class_names)).tobytes())
-        mask.save(out / f"{name}_mask.png")
+    out = options.out
+    if options.mode == "resize":
+        answer = assemble(grow(answer, *image.shape[:2]), options.probabilities)
+    labels = answer.argmax(-1).astype(np.uint8) if options.probabilities else answer
+    mask = Image.fromarray(labels)
+    mask.putpalette(palette(len(class_names)).tobytes())
+    with runs.replacing(out / f"{name}_mask.png") as file:
+        mask.save(file, "PNG")
+    with runs.replacing(out / f"{name}_overlay.png") as file:
         # Lightly compressed: it takes a third of the time, and a few percent more room.
-        Image.fromarray(overlay(image, labels, len(class_names))).save(out / f"{name}_overlay.png", compress_level=1)
-        if self.options.probabilities:
-            np.savez(out / f"{name}_probabilities.npz", probabilities=answer, class_names=np.array(class_names))
-        self.bar.update()
+        Image.fromarray(overlay(image, labels, len(class_names))).save(file, "PNG", compress_level=1)
+    if options.probabilities:
+        with runs.replacing(out / f"{name}_probabilities.npz") as file:
+            np.savez(file, probabilities=answer, class_names=np.array(class_names))
+
+
+def segment_all(
+    groups: Iterator[list[tuple[Path, str]]], options: Options, predictor: "Predictor", bar: Any
+) -> tuple[list[str], float]:
+    """Takes all groups from their files to their masks: a line for each bad picture, and the seconds in the network.
+
+    Threads read a group and write the one before while the network is at work on the one between.
+    """
+    bad: list[str] = []
+    seconds = 0.0
+    reading: list[Future] = []
+    writing: list[Future] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for group in itertools.chain(groups, [[], []]):  # the last two: for what is then still read, and written
+            upcoming = [pool.submit(read, path, name, options, predictor) for path, name in group]
+            pictures = []
+            for future in reading:
+                try:
+                    pictures.append(future.result())
+                except InputError as error:
+                    bad.append(str(error))
+                    bar.update()
+            start = time.perf_counter()
+            answers = segment(pictures, options, predictor)
+            seconds += time.perf_counter() - start
+            for future in writing:
+                future.result()
+                bar.update()
+            reading, writing = (
+                upcoming,
+                [
+                    pool.submit(write, name, image, answer, options, predictor.config.data.class_names)
+                    for (name, image, _), answer in zip(pictures, answers, strict=True)
+                ],
+            )
+    return bad, seconds
 
 
 def main(options: Options) -> int:
@@ -201,15 +210,16 @@ def main(options: Options) -> int:
     size = predictor.config.data.image_size
     start = time.perf_counter()
     bar = tqdm(total=len(pictures), unit=" pictures", desc="segmenting", disable=None)
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        pipeline = Pipeline(options, predictor, pool, bar)
-        pipeline.run(groups(pictures, names, predictor.batch_size(size, size)))
-    seconds, good = time.perf_counter() - start, len(pictures) - len(pipeline.bad)
-    bad += pipeline.bad
+    with bar:
+        unread, in_network = segment_all(
+            groups(pictures, names, predictor.batch_size(size, size)), options, predictor, bar
+        )
+    seconds, good = time.perf_counter() - start, len(pictures) - len(unread)
+    bad += unread
     for line in bad:
         print(f"left out: {line}", file=sys.stderr)
     print(
-        f"{good} pictures in {seconds:.1f} s: {good / seconds:.1f} a second, {pipeline.network_seconds / seconds:.0%}"
+        f"{good} pictures in {seconds:.1f} s: {good / seconds:.1f} a second, {in_network / seconds:.0%}"
         f" of the time in the network, compiling included; files in {options.out}"
     )
     return (1 if good else 2) if bad else 0

@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_predict import SIZE, make_run, picture
+from test_predict import make_run, picture
 
 from unet_jax import device
 from unet_jax.errors import InputError
@@ -43,14 +43,11 @@ def test_answers_are_the_checkpoints_at_any_size(folders):
     check(*folders, [(2, 32, 32), (1, 16, 48)])
 
 
-@pytest.mark.parametrize(
-    ("downsampling", "upsampling", "shape"),
-    [("strided_conv", "transposed_conv", ["n", "4*h", "4*w", 3]), ("max_pool", "resize", ["n", SIZE, SIZE, 3])],
-)
-def test_answers_are_the_checkpoints(tmp_path, downsampling, upsampling, shape):
-    run = make_run(tmp_path / "run", downsampling, upsampling)
-    assert export.export_run(run, tmp_path / "out")["input"]["shape"] == shape
-    check(run, tmp_path / "out", [(3, SIZE, SIZE)])
+@pytest.mark.parametrize("upsampling", ["transposed_conv", "resize"])
+def test_answers_of_strided_networks_are_the_checkpoints(tmp_path, upsampling):
+    run = make_run(tmp_path / "run", "strided_conv", upsampling)
+    assert export.export_run(run, tmp_path / "out")["input"]["shape"] == ["n", "4*h", "4*w", 3]
+    check(run, tmp_path / "out", [(3, 16, 48)])
 
 
 def test_the_description(folders):

@@ -3,6 +3,7 @@ import io
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -84,7 +85,7 @@ def test_a_list_is_its_pictures_one_by_one(predictor):
 def test_at_the_training_size_nothing_is_resized(predictor):
     image = picture(SIZE, SIZE)
     model = train.make_model(predictor.config.model, 3)
-    infer = jax.jit(train.infer, static_argnums=2, compiler_options=device.compiler_options())
+    infer = jax.jit(train.infer, static_argnums=2, compiler_options=device.compiler_options())  # rounding is theirs
     logits = infer(predictor.restored.state, image[None], model)[0]
     np.testing.assert_allclose(predictor(image, probabilities=True), jax.nn.softmax(logits), atol=1e-6)
 
@@ -274,8 +275,8 @@ def test_command_refuses(run, tmp_path, script, monkeypatch):
     Image.fromarray(picture(8, 8)).save(tmp_path / "x.png")
     Image.fromarray(picture(8, 8)).save(tmp_path / "x_mask.png")
     out = tmp_path / "x.png"
-    pictures, bad = script.find([str(tmp_path / "empty")])
-    assert (pictures, len(bad)) == ([], 1)
+    pictures, bad = script.find([str(tmp_path / "empty"), "x" * 300])
+    assert (pictures, len(bad)) == ([], 2)
     with pytest.raises(InputError, match="has no pictures"):
         script.main(script.Options(run, (str(tmp_path / "empty"),), out))
     with pytest.raises(InputError, match="cannot be written"):
@@ -289,6 +290,34 @@ def test_command_refuses(run, tmp_path, script, monkeypatch):
 def test_names_are_each_their_own(script):
     paths = [Path(p) for p in ("/a/x.png", "/b/X.png", "/a/x.jpg", "/a/y.png", "/c/a-x.png")]
     assert script.name_outputs(paths) == ["a-x", "b-X", "a-x-2", "y", "a-x-3"]
+    long = script.name_outputs([Path("ä" * 120 + ".png"), Path("ä" * 121 + ".png")])
+    assert long == ["ä" * 100, "ä" * 100 + "-2"]  # with its endings a name has 255 bytes at most
+
+
+@pytest.mark.parametrize("kind", ["mask.png", "overlay.png", "probabilities.npz"])
+def test_what_is_cut_off_leaves_the_file_before(tmp_path, script, monkeypatch, kind):
+    path = tmp_path / f"x_{kind}"
+    path.write_text("before")
+
+    def cut_off(file, *args, **kwargs):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    if kind == "probabilities.npz":
+        monkeypatch.setattr(np, "savez", cut_off)
+    else:
+        save = Image.Image.save
+        of_kind = {"mask.png": "P", "overlay.png": "RGB"}[kind]
+        monkeypatch.setattr(
+            Image.Image,
+            "save",
+            lambda self, *a, **k: (cut_off if self.mode == of_kind else partial(save, self))(*a, **k),
+        )
+    options = script.Options(tmp_path, (), tmp_path, mode="tile", probabilities=True)
+    with pytest.raises(KeyboardInterrupt):
+        script.write("x", picture(8, 8), np.zeros((8, 8, 3), np.float32), options, ("a", "b", "c"))
+    assert path.read_text() == "before"
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ class TrainConfig:
     seed: int = 0
     """Of the initial weights, the order of the pictures, dropout, the synthetic pets, and a folder's test split."""
     init_from: str | None = None
-    """Run folder whose parameters and batch norm statistics training starts from."""
+    """Run folder whose parameters and batch norm statistics training starts from. Of an import: the weights' file."""
     class_weights: tuple[float, ...] = ()
     """How much a pixel of each class counts in cross_entropy: the weighted mean over pixels. Default: all the same."""
 

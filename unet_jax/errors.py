@@ -21,9 +21,11 @@ def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
     except InputError as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        storage = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+        if error.errno not in (*storage, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise
-        message = f"{error.strerror}: {error.filename or 'writing a file'}; free some room or choose another folder"
+        advice = "free some room or choose another folder" if error.errno in storage else "choose another name"
+        message = f"{error.strerror}: {error.filename or 'writing a file'}; {advice}"
     except KeyboardInterrupt:
         sys.exit(interrupted)
     else:

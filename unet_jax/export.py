@@ -19,19 +19,17 @@ from unet_jax.train import TrainState, make_model
 PLATFORMS = ("cpu", "cuda", "tpu")
 ARTIFACT = "model.jaxexport"
 USAGE = """\
-import jax, pathlib
+import jax, json, pathlib
 model = jax.export.deserialize(bytearray(pathlib.Path("model.jaxexport").read_bytes()))
-call = jax.jit(model.call)  # on a CPU with compiler_options=cpu_compiler_options, for the checkpoint's own rounding
+options = json.loads(pathlib.Path("model.json").read_text())["cpu_compiler_options"]  # the checkpoint's own rounding
+call = jax.jit(model.call, compiler_options=options if jax.default_backend() == "cpu" else None)
 labels = call(images).argmax(-1)"""
 
 
 def input_shape(config: RunConfig) -> str:
     """The shape of the artifact's pictures, in the notation of `jax.export.symbolic_shape`."""
-    if config.model.upsampling == "transposed_conv":
-        multiple = 2 ** (len(config.model.widths) - 1)
-        return f"n, {multiple}*h, {multiple}*w, 3"
-    side = config.data.image_size  # the aligned-corner resize has matrices that depend on the size
-    return f"n, {side}, {side}, 3"
+    multiple = 2 ** (len(config.model.widths) - 1)
+    return f"n, {multiple}*h, {multiple}*w, 3"
 
 
 def export_step(config: RunConfig, state: TrainState) -> export.Exported:
@@ -91,7 +89,8 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         description = describe(config, int(restored.state.step), artifact, exported.calling_convention_version)
         (out / "model.json").unlink(missing_ok=True)  # it is written last: with it the folder is complete
-        (out / ARTIFACT).write_bytes(artifact)
+        with runs.replacing(out / ARTIFACT) as file:
+            file.write(artifact)
         runs.write_json(out / "model.json", description)
     except ImportError:
         raise InputError("exporting needs flatbuffers: pip install 'unet-jax[export]'") from None

@@ -6,6 +6,7 @@ Layout is NHWC, kernels are HWIO. Parameters keep the names and shapes of the li
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -221,11 +222,13 @@ def _max_pool_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array]:
 max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
-def _blend_weights(x: Array, axis: int) -> tuple[Array, Array]:
+def _blend_weights(x: Array, axis: int) -> tuple[Array, ...]:
     # Aligned corners put output j of 2n at j (n-1)/(2n-1): 2i at i - i/(2n-1), 2i+1 at i + (n-1-i)/(2n-1).
     n = x.shape[axis]
-    to_previous = np.arange(n).reshape([n if a == axis else 1 for a in range(x.ndim)]) / (2 * n - 1)
-    return jnp.asarray(to_previous, x.dtype), jnp.asarray(np.flip(to_previous, axis), x.dtype)
+    points: Any = np.arange(n) if isinstance(n, int) else jnp.arange(n)  # jax.export has symbolic sizes
+    to_previous = points / (2 * n - 1)
+    shape = [n if a == axis else 1 for a in range(x.ndim)]
+    return tuple(jnp.asarray(weights, x.dtype).reshape(shape) for weights in (to_previous, to_previous[::-1]))
 
 
 def _shift(x: Array, axis: int, step: int) -> Array:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 
@@ -25,17 +25,24 @@ FILES = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "me
 PACKAGES = ("unet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "pillow")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: a kill or a full disk leaves the one before."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when it is whole: a kill or a full disk leaves the one before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file by `replacing`, in UTF-8."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -130,10 +137,10 @@ def lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --workdir") from None
+        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another folder") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"another process trains in {folder}: wait for it, or choose another --workdir") from None
+            raise InputError(f"another process trains in {folder}: wait for it, or choose another folder") from None
         yield

@@ -1,0 +1,144 @@
+"""An imported run is a run to evaluate, predict, export and --init-from; and what run.py and the import refuse."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import chex
+import jax
+import numpy as np
+import pytest
+from test_from_pytorch import make_state_dict
+from test_predict import picture
+
+from unet_jax import device, export, predict, runs, train
+from unet_jax.errors import InputError
+from unet_jax.from_pytorch import variables_from_state_dict
+
+WIDTHS, SIZE = (4, 6), 16
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules of experiments/, by their file names."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+    try:
+        return SimpleNamespace(**{name: importlib.import_module(name) for name in ("import_torch", "evaluate", "run")})
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def make_import(scripts):
+    """What import_torch.py does once torch has read the file."""
+
+    def make(folder, state_dict, variant="strconv_tr_ce", **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scripts.import_torch, "read_state_dict", lambda path: state_dict)
+            options = {"image_size": SIZE, "widths": WIDTHS, **options}
+            scripts.import_torch.main(scripts.import_torch.Options(Path("theirs.pth"), variant, folder, **options))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Of every kind of tensor that a strided network has, and small: the answers are no constants."""
+    state_dict = make_state_dict("strided_conv", widths=WIDTHS)
+    return {name: np.abs(a) if name.endswith("var") else a for name, a in state_dict.items()}
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory, make_import, weights):
+    return make_import(tmp_path_factory.mktemp("import") / "run", weights)
+
+
+def test_it_answers_as_its_weights_do(imported, weights):
+    predictor, image = predict.load(imported), picture(SIZE, SIZE)
+    model = train.make_model(predictor.config.model, 3)
+    state = train.TrainState(step=0, opt_state=None, **variables_from_state_dict(weights, model))
+    infer = jax.jit(train.infer, static_argnums=2, compiler_options=device.compiler_options())
+    expected = jax.nn.softmax(infer(state, image[None], model)[0])
+    assert np.ptp(expected) > 0.3
+    np.testing.assert_allclose(predictor(image, probabilities=True), expected, atol=1e-6)
+
+
+def test_evaluate_takes_it(scripts, imported, tmp_path, capsys):
+    options = {"dataset": "synthetic", "examples": 5, "cache_dir": str(tmp_path), "out": tmp_path / "out"}
+    scripts.evaluate.evaluate_run(scripts.evaluate.Options(imported, **options))
+    assert f"{imported}, imported weights, 5 test pictures of synthetic" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (result["epoch"], np.sum(result["confusion"])) == (0, 5 * SIZE * SIZE)
+    assert 0 < result["mean_iou"] < 1
+
+
+def test_export_takes_it(imported, tmp_path):
+    pytest.importorskip("flatbuffers")
+    assert export.export_run(imported, tmp_path / "out")["step"] == 0
+    model = jax.export.deserialize(bytearray((tmp_path / "out" / export.ARTIFACT).read_bytes()))
+    images = picture(2 * SIZE, SIZE)[None]
+    answer = jax.jit(model.call, compiler_options=device.compiler_options())(images)
+    np.testing.assert_allclose(answer, predict.load(imported).network(images), atol=1e-5)
+
+
+def train_on(scripts, workdir, *flags):
+    data = ["--dataset", "synthetic", "--image-size", SIZE, "--train-examples", 8, "--test-examples", 4]
+    options = [*data, "--epochs", 1, "--batch-size", 4, "--widths", *WIDTHS, "--cache-dir", workdir.parent / "cache"]
+    (parsed,) = scripts.run.parse([*map(str, ["--variant", "strconv_tr_ce", *options, "--workdir", workdir, *flags])])
+    scripts.run.train_run(parsed, device.placement())
+
+
+def test_training_starts_from_it(scripts, imported, tmp_path):
+    train_on(scripts, tmp_path / "run", "--init-from", imported, "--learning-rate", 1e-12)
+    tuned, theirs = (runs.load(run, device.placement())[1].state for run in (tmp_path / "run", imported))
+    assert (int(tuned.step), int(theirs.step)) == (2, 0)
+    chex.assert_trees_all_close(tuned.params, theirs.params, atol=1e-6)
+
+
+def test_training_does_not_overwrite_it(scripts, make_import, weights, tmp_path):
+    make_import(tmp_path / "run", weights)
+    with pytest.raises(InputError, match=r"another config \(.*train.init_from: theirs.pth -> None"):
+        train_on(scripts, tmp_path / "run")
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["0"]
+
+
+def test_what_is_refused_writes_nothing(make_import, tmp_path, weights):
+    with pytest.raises(InputError, match="upsampling='transposed_conv'"):
+        make_import(tmp_path / "run", weights, "strconv_ups_dice")
+    with pytest.raises(InputError, match="multiples of 2"):
+        make_import(tmp_path / "run", weights, image_size=31)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty"):
+        make_import(tmp_path, weights)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_classes_are_those_given(make_import, tmp_path):
+    state_dict = make_state_dict(widths=WIDTHS, num_classes=2)
+    run = make_import(tmp_path / "run", state_dict, "mp_tr_ce", class_names=("road", "car"))
+    config, restored = runs.load(run, device.placement())
+    assert config.data.class_names == ("road", "car")
+    np.testing.assert_array_equal(restored.state.params["logits"]["bias"], np.float32(state_dict["conv5.bias"]))
+
+
+def test_files_that_torch_saved(scripts, tmp_path):
+    torch = pytest.importorskip("torch")
+    path, read = tmp_path / "x.pth", scripts.import_torch.read_state_dict
+    for saved in ({"a": torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))}, {"a": torch.ones(2)}):
+        torch.save(saved, path)
+        np.testing.assert_array_equal(read(path)["a"], np.ones(2, np.float32))
+    for saved, reason in (
+        ({"model": {}}, "no state dict"),
+        (torch.nn.Linear(1, 1), "cannot be read"),
+        ([], "no state"),
+    ):
+        torch.save(saved, path)
+        with pytest.raises(InputError, match=reason):
+            read(path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(InputError, match="cannot be read"):
+        read(path)
