@@ -106,7 +106,7 @@ def train_run(options: Options, placement: "Placement") -> None:
         runs.write_json(folder / "config.json", to_dict(config))
         runs.write_json(folder / "environment.json", runs.environment())
         print(f"{config.variant} on {config.data.dataset}: {len(train)} steps an epoch, files in {folder}")
-        steps = make_steps(config, placement, options.deterministic)
+        steps = make_steps(config, placement, options.deterministic, len(train))
         state, records = train_epochs(config, folder, steps, train, test, restored or initial)
         finish(config, folder, steps, state, records, splits["test"])
 
@@ -152,14 +152,14 @@ def start_from(config: RunConfig, placement: "Placement") -> "Restored":
     from unet_jax.checkpoint import Progress, Restored
 
     model = train.make_model(config.model, len(config.data.class_names))
-    state = train.init_state(model, train.make_optimizer(config.train), config.train.seed)
+    state = train.init_state(model, train.make_optimizer(config.train), config.train.seed, ema=config.train.ema)
     if config.train.init_from:
         other = Path(config.train.init_from)
         theirs, restored = runs.load(other, placement)
         ours = (config.model.downsampling, config.model.upsampling, config.model.widths, config.data.class_names)
         if ours != (theirs.model.downsampling, theirs.model.upsampling, theirs.model.widths, theirs.data.class_names):
             raise InputError(f"--init-from {other} is a run of another network or other classes: {theirs.model}")
-        state = state._replace(params=restored.state.params, batch_stats=restored.state.batch_stats)
+        state = state._replace(**train.variables(restored.state))
     return Restored(jax.device_put(state, placement.replicated), Progress([], []), [])
 
 

@@ -109,6 +109,10 @@ def test_an_unknown_variant_is_refused_with_what_is_near(variant, hint):
         ("train", "seed", -1, "--seed is -1: it must not be negative"),
         ("data", "image_size", 100, "pictures of 100x100 do not fit 5 levels"),
         ("train", "loss", "dice", "--loss has the term 'dice'"),
+        ("train", "ema", 1.0, "--ema is 1.0: it must be at least 0 and below 1"),
+        ("train", "weight_decay", -0.1, "--weight-decay is -0.1: it must be finite and not negative"),
+        ("train", "clip_norm", math.inf, "--clip-norm is inf: it must be finite and not negative"),
+        ("train", "warmup_epochs", -1, "--warmup-epochs is -1: it must be finite and not negative"),
     ],
 )
 def test_values_that_no_run_can_have_are_refused(part, field, value, message):
@@ -147,6 +151,15 @@ def test_folders_and_epochs_make_no_other_run():
     )
     assert moved != CONFIG
     assert differences(CONFIG, moved) == []
+
+
+def test_a_schedule_that_ends_makes_epochs_part_of_the_run():
+    cosine = replace(CONFIG, train=replace(CONFIG.train, schedule="cosine", warmup_epochs=24))
+    check_config(cosine)
+    longer = replace(cosine, train=replace(cosine.train, epochs=26))
+    assert differences(cosine, longer) == ["train.epochs: 25 -> 26"]
+    too_short = replace(cosine, train=replace(cosine.train, epochs=24))
+    assert "--warmup-epochs is 24: it must be below --epochs 24" in refusal(check_config, too_short)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from unet_jax import device, train
 from unet_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from unet_jax.data.batches import Loader, shuffled
 from unet_jax.data.cache import Split
+from unet_jax.layers import conv
 
 CONFIG = RunConfig(
     "mp_tr_dice",
@@ -158,3 +160,71 @@ def test_bfloat16_keeps_the_state_in_float32(placement, steps):
     _, reference = steps.train(fresh_state(CONFIG, placement), batch)
     assert loss.dtype == np.float32
     assert 0 < abs(float(loss) - float(reference)) < 0.02 * float(reference)
+
+
+def with_train(**changes) -> RunConfig:
+    return dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **changes))
+
+
+def test_defaults_are_plain_adam():
+    chex.assert_trees_all_equal_structs(
+        train.make_optimizer(CONFIG.train).init({"kernel": jnp.ones(2)}), optax.adam(1e-2).init({"kernel": jnp.ones(2)})
+    )
+    assert train.make_schedule(CONFIG.train, 7) == 1e-2
+
+
+def test_schedules():
+    rate = train.make_schedule(with_train(schedule="cosine", warmup_epochs=1).train, steps_per_epoch=10)
+    # Up to the peak in the first of two epochs, half of it in the middle of the second, nothing at the end.
+    np.testing.assert_allclose([rate(s) for s in (0, 5, 10, 15, 20)], [0, 5e-3, 1e-2, 5e-3, 0], atol=1e-8)
+    rate = train.make_schedule(with_train(warmup_epochs=2).train, steps_per_epoch=10)
+    np.testing.assert_allclose([rate(s) for s in (0, 10, 20, 1000)], [0, 5e-3, 1e-2, 1e-2], atol=1e-8)
+
+
+def test_decay_moves_kernels_alone_and_long_gradients_are_clipped():
+    params = {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.ones(2)}
+    decay = train.make_optimizer(with_train(weight_decay=0.5).train)
+    updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -1e-2 * 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+    clip = train.make_optimizer(with_train(clip_norm=2.0).train)
+    _, state = clip.update(jax.tree.map(lambda p: 30 * p, params), clip.init(params), params)
+    # Adam's first moment is a tenth of the gradient, whose norm was 30 sqrt(6) and is 2.
+    np.testing.assert_allclose(optax.tree.norm(optax.tree.get(state, "mu")), 0.2, rtol=1e-6)
+
+
+def test_average_of_parameters_has_its_own_batch_statistics(placement):
+    config = with_train(ema=0.5, schedule="cosine")
+    steps = train.make_steps(config, placement, steps_per_epoch=3)
+    loader, test = loaders(placement)
+    model = train.make_model(config.model, 3)
+    fresh = train.init_state(model, train.make_optimizer(config.train), 0, ema=0.5)
+    trajectory, epochs = [], []
+    for result in train.fit(config, steps, jax.device_put(fresh, placement.replicated), loader, test):
+        if isinstance(result, train.EpochResult):
+            epochs.append(jax.device_get(result))
+        else:
+            trajectory.append(jax.device_get(result.state.params))
+    assert [r.record["learning_rate"] for r in epochs] == pytest.approx(
+        [5e-3 * (1 + np.cos(np.pi * s / 6)) for s in (2, 5)], rel=1e-5
+    )
+    expected = trajectory[0]
+    for step, params in enumerate(trajectory):
+        decay = min(0.5, step / (step + 10))
+        expected = jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, expected, params)
+    averaged = epochs[-1].state.averaged
+    chex.assert_trees_all_close(averaged["params"], expected, rtol=1e-4, atol=1e-6)
+    # The first convolution's statistics, from the pictures that it saw: the two whole batches of epoch 0.
+    order = shuffled(10, 0, 0)[:8]
+    x = train.prepare(loader.split.images[order], jnp.float32)
+    kernel, bias = (averaged["params"]["encoder1"]["conv1"][k] for k in ("kernel", "bias"))
+    a = np.maximum(np.asarray(conv(x, kernel, padding=1)) + bias, 0).reshape(2, -1, 4)
+    norm = averaged["batch_stats"]["encoder1"]["norm1"]
+    np.testing.assert_allclose(norm["mean"], a.mean(1).mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(norm["var"], a.var(1).mean(0), rtol=1e-3, atol=1e-6)
+    # It is the average that evaluates.
+    images = test.split.images
+    theirs = model.apply(averaged, train.prepare(images, jnp.float32))
+    np.testing.assert_allclose(train.infer(epochs[-1].state, images, model), theirs, rtol=1e-5, atol=1e-5)
+    plain = train.infer(epochs[-1].state._replace(averaged=None), images, model)
+    assert np.abs(plain - theirs).max() > 1e-3

@@ -20,6 +20,7 @@ IGNORE_LABEL = 255  # pixels with this label count in no loss, no gradient and n
 Downsampling = Literal["max_pool", "strided_conv"]
 Upsampling = Literal["transposed_conv", "resize"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Schedule = Literal["constant", "cosine"]
 DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic", "folder"]
 
 
@@ -95,6 +96,16 @@ class TrainConfig:
     """Run folder whose parameters and batch norm statistics training starts from."""
     class_weights: tuple[float, ...] = ()
     """How much a pixel of each class counts in cross_entropy: the weighted mean over pixels. Default: all the same."""
+    schedule: Schedule = "constant"
+    """Of the learning rate after the warm-up: constant, or down to 0 at the last step along half a cosine."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate rises from 0, linearly."""
+    weight_decay: float = 0.0
+    """AdamW's decay of the kernels, a step: this times the learning rate."""
+    clip_norm: float = 0.0
+    """Gradients of a larger norm (over all parameters) are scaled down to it. 0: none is."""
+    ema: float = 0.0
+    """Decay of the moving average of the parameters, which then evaluates and predicts in their place. 0: none."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +172,19 @@ def check_config(config: RunConfig) -> None:
             raise InputError(f"--{flag} is {value}: it must be at least 1")
     if not (math.isfinite(train.learning_rate) and train.learning_rate > 0):
         raise InputError(f"--learning-rate is {train.learning_rate}: it must be positive and finite")
-    if not 0 <= model.dropout_rate < 1:
-        raise InputError(f"--dropout-rate is {model.dropout_rate}: it must be at least 0 and below 1")
+    for flag, rate in {"dropout-rate": model.dropout_rate, "ema": train.ema}.items():
+        if not 0 <= rate < 1:
+            raise InputError(f"--{flag} is {rate}: it must be at least 0 and below 1")
+    not_negative = {
+        "warmup-epochs": train.warmup_epochs,
+        "weight-decay": train.weight_decay,
+        "clip-norm": train.clip_norm,
+    }
+    for flag, amount in not_negative.items():
+        if not 0 <= amount < math.inf:
+            raise InputError(f"--{flag} is {amount}: it must be finite and not negative")
+    if train.schedule == "cosine" and train.warmup_epochs >= train.epochs:
+        raise InputError(f"--warmup-epochs is {train.warmup_epochs}: it must be below --epochs {train.epochs}")
     if train.seed < 0:
         raise InputError(f"--seed is {train.seed}: it must not be negative")
     if not 0 < data.test_fraction < 1:
@@ -221,9 +243,13 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """The fields in which two runs differ, as "train.batch_size: 64 -> 32", leaving out NOT_COMPARED."""
+    """The fields in which two runs differ, as "train.batch_size: 64 -> 32", leaving out NOT_COMPARED.
+
+    Epochs are compared where the learning rate's schedule depends on them.
+    """
+    ignored = NOT_COMPARED - ({"train.epochs"} if new.train.schedule == "cosine" else set())
     before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
-    return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and k not in NOT_COMPARED]
+    return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and k not in ignored]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

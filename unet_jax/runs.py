@@ -100,7 +100,8 @@ def load(folder: Path, placement: Placement, config: RunConfig | None = None) ->
 def abstract_state(config: RunConfig) -> TrainState:
     """Shapes and dtypes of the run's train state."""
     model = make_model(config.model, len(config.data.class_names))
-    return jax.eval_shape(lambda: init_state(model, make_optimizer(config.train), config.train.seed))
+    train = config.train
+    return jax.eval_shape(lambda: init_state(model, make_optimizer(train), train.seed, ema=train.ema))
 
 
 def is_finished(folder: Path, epochs: int) -> bool:
