@@ -228,3 +228,14 @@ def test_average_of_parameters_has_its_own_batch_statistics(placement):
     np.testing.assert_allclose(train.infer(epochs[-1].state, images, model), theirs, rtol=1e-5, atol=1e-5)
     plain = train.infer(epochs[-1].state._replace(averaged=None), images, model)
     assert np.abs(plain - theirs).max() > 1e-3
+
+
+def test_augmented_steps_are_of_the_seed_and_the_step(placement, steps):
+    loader, _ = loaders(placement)
+    batch = next(loader.train(0, 1))
+    strong = train.make_steps(with_train(augment="strong"), placement)
+    losses = [float(s.train(fresh_state(CONFIG, placement), batch)[1]) for s in (strong, strong, steps)]
+    assert losses[0] == losses[1] != losses[2]
+    # The next step draws anew.
+    later = fresh_state(CONFIG, placement)._replace(step=jax.device_put(jnp.int32(1), placement.replicated))
+    assert float(strong.train(later, batch)[1]) != losses[0]

@@ -20,6 +20,7 @@ IGNORE_LABEL = 255  # pixels with this label count in no loss, no gradient and n
 Downsampling = Literal["max_pool", "strided_conv"]
 Upsampling = Literal["transposed_conv", "resize"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Augment = Literal["none", "basic", "strong"]
 Schedule = Literal["constant", "cosine"]
 DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic", "folder"]
 
@@ -106,6 +107,9 @@ class TrainConfig:
     """Gradients of a larger norm (over all parameters) are scaled down to it. 0: none is."""
     ema: float = 0.0
     """Decay of the moving average of the parameters, which then evaluates and predicts in their place. 0: none."""
+    augment: Augment = "none"
+    """Random changes of the training pictures: basic flips, crops and varies the light a little; strong does more of
+    that, turns, and varies colours too."""
 
 
 @dataclass(frozen=True)

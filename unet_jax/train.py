@@ -14,7 +14,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from unet_jax.config import ModelConfig, RunConfig, TrainConfig
+from unet_jax.augment import augment
+from unet_jax.config import Augment, ModelConfig, RunConfig, TrainConfig
 from unet_jax.data.batches import Batch, Loader
 from unet_jax.device import Placement, compiler_options, compute_dtype
 from unet_jax.layers import BatchNorm
@@ -85,7 +86,7 @@ def init_state(
 
 
 def prepare(images: ArrayLike, dtype: DTypeLike) -> Array:
-    """uint8 pictures to what the network is fed: values in [0, 1]."""
+    """Pictures of 0 to 255 to what the network is fed: values in [0, 1]."""
     return jnp.asarray(images, dtype) * jnp.asarray(1 / 255, dtype)
 
 
@@ -98,14 +99,19 @@ def train_step(
     optimizer: optax.GradientTransformation,
     loss_fn: Loss,
     ema: float = 0.0,
+    strength: Augment = "none",
 ) -> tuple[TrainState, Array]:
     """One update, pure: the new state, and the batch's loss (a scalar) before the update.
 
-    Dropout's key is of (seed, step): nothing random is carried along, so that going on from a checkpoint is exact.
-    The average's decay grows to `ema` as step / (step + 10), by which early steps are forgotten (the polynomial-decay
+    Keys are of (seed, step): nothing random is carried along, so that going on from a checkpoint is exact. The
+    average's decay grows to `ema` as step / (step + 10), by which early steps are forgotten (the polynomial-decay
     averaging of Shamir and Zhang 2013, arXiv:1212.1824, with eta 9).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
+    if strength != "none":
+        own_key = jax.random.fold_in(key, 1)  # not dropout's
+        images, labels = augment(own_key, batch.images, batch.labels, strength)
+        batch = Batch(images, labels, batch.weights)
 
     def loss_of(params: Any) -> tuple[Array, Any]:
         logits, updated = model.apply(
@@ -195,6 +201,7 @@ def make_steps(config: RunConfig, placement: Placement, deterministic: bool = Fa
         optimizer=optimizer,
         loss_fn=loss_fn,
         ema=config.train.ema,
+        strength=config.train.augment,
     )
     return Steps(
         jit(step, in_shardings=(whole, split), donate_argnums=0),
