@@ -11,8 +11,9 @@ import pytest
 
 from unet_jax import device, train
 from unet_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from unet_jax.data.batches import Loader, shuffled
+from unet_jax.data.batches import Loader, shuffled, validation_rows
 from unet_jax.data.cache import Split
+from unet_jax.errors import InputError
 from unet_jax.layers import conv
 
 CONFIG = RunConfig(
@@ -239,3 +240,30 @@ def test_augmented_steps_are_of_the_seed_and_the_step(placement, steps):
     # The next step draws anew.
     later = fresh_state(CONFIG, placement)._replace(step=jax.device_put(jnp.int32(1), placement.replicated))
     assert float(strong.train(later, batch)[1]) != losses[0]
+
+
+def test_validation_takes_its_share_of_each_breed():
+    names = [f"{breed}_{i}" for breed in ("Abyssinian", "Maine_Coon", "pug") for i in range(20 + len(breed))]
+    training, validation = validation_rows(names, 0.25, seed=0)
+    np.testing.assert_array_equal(np.sort([*training, *validation]), np.arange(len(names)))
+    assert abs(len(validation) - len(names) / 4) < 1
+    for breed in ("Abyssinian", "Maine_Coon", "pug"):
+        own = [i for i, name in enumerate(names) if name.startswith(breed)]
+        assert abs(len(set(own) & set(validation)) - len(own) / 4) <= 1
+    np.testing.assert_array_equal(validation, validation_rows(names, 0.25, seed=0)[1])
+    assert set(validation) != set(validation_rows(names, 0.25, seed=1)[1])
+    assert [len(rows) for rows in validation_rows(names, 0.0, seed=0)] == [len(names), 0]
+    with pytest.raises(InputError, match=r"--validation-fraction 0.01 of 3 pictures is none"):
+        validation_rows(names[:3], 0.01, seed=0)
+
+
+def test_a_loader_of_some_rows(placement, monkeypatch):
+    split, rows = random_split(10), np.array([1, 4, 7, 8, 9])
+    for resident in (False, True):
+        monkeypatch.setattr(device.Placement, "fits", lambda self, nbytes, answer=resident: answer)
+        loader = Loader(split, 4, placement, rows)
+        batches = list(loader.train(0, 1))
+        expected = rows[shuffled(5, 0, 1)]
+        np.testing.assert_array_equal(np.concatenate([b.labels for b in batches]), split.labels[expected])
+        assert [np.asarray(b.weights).sum() for b in loader.evaluation()] == [4, 1]
+        np.testing.assert_array_equal(next(loader.evaluation()).images, split.images[rows[:4]])

@@ -32,14 +32,14 @@ class Restored(NamedTuple):
 
 
 @contextmanager
-def manager(folder: Path, step: int) -> Iterator[ocp.CheckpointManager]:
+def manager(folder: Path, step: int, keep: int = 2) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a run that goes on from `step`; later ones, which were skipped as damaged, are removed.
 
-    The last two are kept, so that a damaged newest has an elder. Writes happen behind the training where a device has
-    memory of its own. Closing waits for them.
+    The last `keep` are kept: two, so that a damaged newest has an elder. Writes happen behind the training where a
+    device has memory of its own. Closing waits for them.
     """
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=2,
+        max_to_keep=keep,
         cleanup_tmp_directories=True,
         # On the CPU a donated state's memory would be overwritten while it is being saved.
         enable_async_checkpointing=jax.default_backend() != "cpu",

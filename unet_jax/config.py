@@ -61,6 +61,8 @@ class DataConfig:
     """A name for each class, in the order of the labels. Default for a folder: of its classes.json, or counted."""
     test_fraction: float = 0.2
     """Share of a folder's pictures that the test split gets, where it has no train.txt or test.txt."""
+    validation_fraction: float = 0.0
+    """Share of the training pictures that is kept from training, and chooses the best epoch; test then waits for it."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,8 @@ def check_config(config: RunConfig) -> None:
         raise InputError(f"--seed is {train.seed}: it must not be negative")
     if not 0 < data.test_fraction < 1:
         raise InputError(f"--test-fraction is {data.test_fraction}: it must be above 0 and below 1")
+    if not 0 <= data.validation_fraction < 1:
+        raise InputError(f"--validation-fraction is {data.validation_fraction}: it must be at least 0 and below 1")
     check_size(data.image_size, data.image_size, len(model.widths))
     names = [name for _, name in loss_terms(train.loss)]
     if train.class_weights and "cross_entropy" not in names:

@@ -35,18 +35,19 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def metrics_figure(records: Sequence[Mapping[str, Any]], title: str) -> "Figure":
-    """Losses, and IoU by class, over the epochs of metrics.jsonl's records."""
+    """Losses, and IoU by class, over the epochs of metrics.jsonl's records: of test, or of the validation part."""
     figure = _figure(10, 4)
     figure.suptitle(title)
     losses, iou = figure.subplots(1, 2)
     epochs = [r["epoch"] for r in records]
     losses.plot(epochs, [r["train_loss"] for r in records], "o-", ms=3, label="train (mean of the epoch)")
-    losses.plot(epochs, [r["test_loss"] for r in records], "o-", ms=3, label="test")
+    part, prefix = ("test", "") if "test_loss" in records[-1] else ("validation", "validation_")
+    losses.plot(epochs, [r[f"{part}_loss"] for r in records], "o-", ms=3, label=part)
     losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    iou.plot(epochs, [r["mean_iou"] for r in records], "k-o", ms=3, lw=2, label="mean")
-    for name in records[-1]["iou"]:
-        iou.plot(epochs, [r["iou"][name] for r in records], "o-", ms=2, lw=1, label=name)
-    iou.set(xlabel="epoch", ylabel="test IoU", ylim=(0, 1))
+    iou.plot(epochs, [r[f"{prefix}mean_iou"] for r in records], "k-o", ms=3, lw=2, label="mean")
+    for name in records[-1][f"{prefix}iou"]:
+        iou.plot(epochs, [r[f"{prefix}iou"][name] for r in records], "o-", ms=2, lw=1, label=name)
+    iou.set(xlabel="epoch", ylabel=f"{part} IoU", ylim=(0, 1))
     for axes in (losses, iou):
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)

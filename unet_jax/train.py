@@ -220,7 +220,7 @@ def evaluate(
     """
     results = [evaluate_step(state, batch) for batch in loader.evaluation()]
     losses, batches = zip(*jax.device_get(results), strict=True)  # the one transfer
-    count = len(loader.split.names)
+    count = len(loader.rows)
     sums = PictureSums(*(np.concatenate(parts)[:count] for parts in zip(*batches, strict=True)))
     return {"test_loss": float(np.mean(losses)), **scores(sums, class_names)}, sums
 
@@ -255,13 +255,15 @@ def fit(
     steps: Steps,
     state: TrainState,
     train: Loader,
-    test: Loader,
+    held_out: Loader,
     losses: Sequence[float] = (),
 ) -> Iterator[StepResult | EpochResult]:
     """Trains from `state` to the config's last epoch; a state in the middle of an epoch goes on from there.
 
-    Yields a StepResult after each step and an EpochResult after each epoch. `losses` are those of the steps that the
-    state has behind it in its epoch. A yielded state is good until the next step takes its memory.
+    `held_out` is what each epoch evaluates: the test split, or where there is a validation fraction that part, whose
+    metrics are recorded as validation_loss, validation_mean_iou and so on. Yields a StepResult after each step and an
+    EpochResult after each epoch. `losses` are those of the steps that the state has behind it in its epoch. A yielded
+    state is good until the next step takes its memory.
 
     Raises:
       NonFiniteLossError: noticed at the latest when the epoch ends, before its EpochResult.
@@ -280,13 +282,15 @@ def fit(
         known.append(_finite(pending, epoch, len(train)))
         if state.averaged is not None:
             # Of an epoch that is never trained on, the same at each call; whole batches where there is one.
-            whole = max(1, len(train.split.names) // train.batch_size)
+            whole = max(1, len(train.rows) // train.batch_size)
             for i, batch in enumerate(islice(train.train(config.train.seed, 0), min(whole, STATISTICS_BATCHES))):
                 state = steps.statistics(state, batch, i)
         seconds = time.perf_counter() - start
-        scores_, _ = evaluate(steps.evaluate, state, test, config.data.class_names)
+        scores_, _ = evaluate(steps.evaluate, state, held_out, config.data.class_names)
+        if config.data.validation_fraction:
+            scores_ = {f"validation_{name.removeprefix('test_')}": value for name, value in scores_.items()}
         counts = np.full(len(known), train.batch_size)
-        counts[-1] = len(train.split.names) - train.batch_size * (len(train) - 1)
+        counts[-1] = len(train.rows) - train.batch_size * (len(train) - 1)
         yield EpochResult(
             state,
             {
