@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import tyro
 
-from unet_jax.config import VARIANTS, DatasetName, RunConfig, check_config, default_config, differences, to_dict
+from unet_jax.config import PUBLISHED, DatasetName, RunConfig, check_config, default_config, differences, to_dict
 from unet_jax.errors import InputError, exit_on_input_error
 
 # JAX and what builds on it are imported where work begins, so that --help and a mistyped flag answer at once.
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> list[Options]:
     first.add_argument("--data-dir", "--data_dir")
     first.add_argument("--download", action="store_true")
     chosen, _ = first.parse_known_args(argv)
-    names = list(VARIANTS) if chosen.variant == "all" else [chosen.variant]
+    names = list(PUBLISHED) if chosen.variant == "all" else [chosen.variant]
     dataset, notice = chosen.dataset, None
     for name in names:
         default_config(name, dataset)
@@ -164,8 +164,8 @@ def start_from(config: RunConfig, placement: "Placement") -> "Restored":
     if config.train.init_from:
         other = Path(config.train.init_from)
         theirs, restored = runs.load(other, placement)
-        ours = (config.model.downsampling, config.model.upsampling, config.model.widths, config.data.class_names)
-        if ours != (theirs.model.downsampling, theirs.model.upsampling, theirs.model.widths, theirs.data.class_names):
+        ours = dataclasses.replace(config.model, dropout_rate=0, precision="auto"), config.data.class_names
+        if ours != (dataclasses.replace(theirs.model, dropout_rate=0, precision="auto"), theirs.data.class_names):
             raise InputError(f"--init-from {other} is a run of another network or other classes: {theirs.model}")
         state = state._replace(**train.variables(restored.state))
     return Restored(jax.device_put(state, placement.replicated), Progress([], []), [])

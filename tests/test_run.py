@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from unet_jax import device, runs
-from unet_jax.config import VARIANTS
+from unet_jax.config import PUBLISHED, VARIANTS
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--dataset", "synthetic", "--image-size", "16", "--widths", "4", "4", "--train-examples", "12"]
@@ -63,7 +63,9 @@ def finished(home) -> Path:
 
 
 def test_all_variants_end_to_end(finished):
-    for name, row in VARIANTS.items():
+    assert not (finished / "best").exists()
+    for name in PUBLISHED:
+        row = VARIANTS[name]
         run = finished / name
         expected = {"config.json", "environment.json", "metrics.jsonl", "metrics.png", "results.png", "summary.json"}
         assert expected | {"checkpoints"} <= {p.name for p in run.iterdir()}
@@ -77,7 +79,7 @@ def test_all_variants_end_to_end(finished):
         assert (run / "results.png").read_bytes()[:4] == b"\x89PNG"
     assert int(state_of(run).step) == 4
     comparison = (finished / "comparison.md").read_text()
-    assert all(f"| {name} | synthetic | 16 |" in comparison for name in VARIANTS)
+    assert all(f"| {name} | synthetic | 16 |" in comparison for name in PUBLISHED)
     assert "0.0909" in comparison
     assert (finished / "comparison.png").stat().st_size > 10_000
 

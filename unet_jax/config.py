@@ -5,7 +5,8 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import dacite
@@ -19,6 +20,7 @@ IGNORE_LABEL = 255  # pixels with this label count in no loss, no gradient and n
 
 Downsampling = Literal["max_pool", "strided_conv"]
 Upsampling = Literal["transposed_conv", "resize"]
+Block = Literal["relu_norm", "norm_relu", "residual"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Augment = Literal["none", "basic", "strong"]
 Schedule = Literal["constant", "cosine"]
@@ -26,13 +28,15 @@ DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic", "folder"]
 
 
 class Variant(NamedTuple):
-    """A published run: what sets it apart, and its best published test loss."""
+    """A recipe: what sets it apart, and where it is a published run its best published test loss."""
 
     downsampling: Downsampling
     upsampling: Upsampling
     loss: str
     batch_size: int
-    published_test_loss: float
+    published_test_loss: float | None
+    model: Mapping[str, Any] = MappingProxyType({})  # other fields of ModelConfig and TrainConfig
+    train: Mapping[str, Any] = MappingProxyType({})
 
 
 VARIANTS = {
@@ -40,7 +44,14 @@ VARIANTS = {
     "mp_tr_dice": Variant("max_pool", "transposed_conv", "log_dice", 128, 0.0909),
     "strconv_tr_ce": Variant("strided_conv", "transposed_conv", "cross_entropy", 64, 0.2871),
     "strconv_ups_dice": Variant("strided_conv", "resize", "log_dice", 32, 0.0642),
-}
+    "best": Variant(
+        "max_pool", "transposed_conv", "cross_entropy+soft_dice", 32, None,
+        model={"block": "residual"},
+        train={"epochs": 60, "schedule": "cosine", "warmup_epochs": 1, "weight_decay": 0.01, "clip_norm": 1.0,
+               "ema": 0.998, "augment": "strong"},
+    ),
+}  # fmt: skip
+PUBLISHED = tuple(name for name, row in VARIANTS.items() if row.published_test_loss)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,9 @@ class ModelConfig:
     """Dropout in the two deepest encoder blocks."""
     precision: Precision = "auto"
     """What the layers compute in; auto is bfloat16 on GPU and TPU and float32 on the CPU."""
+    block: Block = "relu_norm"
+    """What follows a block's convolutions: ReLU and batch norm, as published, or batch norm and ReLU; residual is the
+    latter with the block's input added, through a 1x1 convolution, before the last ReLU."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,7 @@ class RunConfig:
     """All of a run."""
 
     variant: str = "mp_tr_dice"
-    """mp_tr_ce, mp_tr_dice, strconv_tr_ce, strconv_ups_dice, or all four in turn."""
+    """mp_tr_ce, mp_tr_dice, strconv_tr_ce, strconv_ups_dice, or all of these four in turn; or best, our own."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
@@ -130,7 +144,7 @@ NOT_COMPARED = {"data.data_dir", "train.epochs"}
 
 
 def default_config(variant: str, dataset: DatasetName) -> RunConfig:
-    """The variant's published setting, at a size fit for the dataset.
+    """The variant's setting (as published, where it was), at a size fit for the dataset.
 
     Raises:
       InputError: no such variant.
@@ -140,16 +154,17 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(VARIANTS)}, all"
         raise InputError(f"unknown variant {variant!r}: {hint}")
     row = VARIANTS[variant]
-    model = ModelConfig(row.downsampling, row.upsampling)
+    model = ModelConfig(row.downsampling, row.upsampling, **row.model)
+    train = TrainConfig(row.loss, row.batch_size, **row.train)
     if dataset == "synthetic":
         # Small enough for minutes on two cores: the bare command is to show learning anywhere.
-        train, test = SYNTHETIC_EXAMPLES["train"], SYNTHETIC_EXAMPLES["test"]
-        data = DataConfig(dataset, image_size=64, train_examples=train, test_examples=test)
-        return RunConfig(variant, data, model, TrainConfig(row.loss, batch_size=16, epochs=5))
+        counts = SYNTHETIC_EXAMPLES
+        data = DataConfig(dataset, image_size=64, train_examples=counts["train"], test_examples=counts["test"])
+        return RunConfig(variant, data, model, replace(train, batch_size=16, epochs=5))
     if dataset == "folder":
         data = DataConfig(dataset, class_names=())
-        return RunConfig(variant, data, model, TrainConfig(row.loss, FOLDER_BATCH_SIZE))
-    return RunConfig(variant, DataConfig(dataset), model, TrainConfig(row.loss, row.batch_size))
+        return RunConfig(variant, data, model, replace(train, batch_size=FOLDER_BATCH_SIZE))
+    return RunConfig(variant, DataConfig(dataset), model, train)
 
 
 def check_size(height: int, width: int, levels: int) -> None:

@@ -49,6 +49,7 @@ def make_model(config: ModelConfig, num_classes: int) -> UNet:
         num_classes=num_classes,
         dropout_rate=config.dropout_rate,
         dtype=compute_dtype(config.precision),
+        block=config.block,
     )
 
 
@@ -156,6 +157,11 @@ def statistics_step(state: TrainState, batch: Batch, count: ArrayLike, *, model:
 def variables(state: TrainState) -> dict[str, Any]:
     """What evaluates and predicts, as linen's variables: the averages where there are some."""
     return state.averaged or {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def inference_state(state: TrainState) -> TrainState:
+    """The state with what predicts alone, the averages in their parameters' place."""
+    return TrainState(state.step, opt_state=None, **variables(state))
 
 
 def infer(state: TrainState, images: ArrayLike, model: UNet) -> Array:
