@@ -1,4 +1,4 @@
-"""The report of runs by any framework."""
+"""The report of runs by any framework, and the ablation's settings and table."""
 
 import json
 import sys
@@ -9,7 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
+import ablation
 import report
+import run
 
 from unet_jax.config import default_config, to_dict
 from unet_jax.errors import InputError
@@ -65,3 +67,23 @@ def test_a_run_with_validation_counts_by_its_summary(tmp_path):
     report.write_comparison([folder], name="report")
     row = (tmp_path / "report.md").read_text().splitlines()[2]
     assert "| 0.2500 | - | 0.5000 |" in row  # no best test loss: it was looked at once
+
+
+def test_ablation_settings_are_flags_of_run_py():
+    configs = {
+        name: run.parse([*ablation.BASE.split(), *flags.split(), "--dataset", "synthetic"])[0].config
+        for name, flags in ablation.SETTINGS.items()
+    }
+    assert all(config.data.validation_fraction == 0.2 for config in configs.values())
+    assert len(set(configs.values())) == len(ablation.SETTINGS)
+    everything = configs["all"]
+    assert (everything.model.block, everything.train.augment, everything.train.ema) == ("residual", "strong", 0.998)
+    assert configs["all-strong"] == replace(everything, train=replace(everything.train, augment="none"))
+
+
+def test_ablation_table_pairs_seeds():
+    text = ablation.table({"base": {0: 0.5, 1: 0.6}, "+ema": {0: 0.55, 1: 0.62}})
+    assert text.splitlines()[2:] == [
+        "| base | 2 | 0.5500 (0.5000 to 0.6000) | +0.0000 (+0.0000 to +0.0000) |",
+        "| +ema | 2 | 0.5850 (0.5500 to 0.6200) | +0.0350 (+0.0200 to +0.0500) |",
+    ]
