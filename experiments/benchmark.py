@@ -34,7 +34,7 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from unet_jax import device, model, plots, runs, train
-from unet_jax.config import VARIANTS, default_config
+from unet_jax.config import PUBLISHED, VARIANTS, default_config
 from unet_jax.data.batches import Batch
 from unet_jax.errors import exit_on_input_error
 
@@ -46,7 +46,7 @@ Work = Literal["train", "inference"]
 class Options:
     """The grid of cells."""
 
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[str, ...] = PUBLISHED
     work: tuple[Work, ...] = ("train", "inference")
     sizes: tuple[int, ...] = (128, 240)
     batches: tuple[int, ...] = (32, 64, 128) if ON_GPU else (8, 16)

@@ -23,8 +23,8 @@ class Options:
     """Folder of the prepared dataset. Default: the run's own."""
     cache_dir: str | None = None
     """Folder of the decoded pictures. Default: ~/.cache/unet_jax."""
-    split: Literal["test", "train"] = "test"
-    """Which part of the dataset."""
+    split: Literal["test", "train", "validation"] = "test"
+    """Which part of the dataset; validation is what the run kept of train."""
     examples: int | None = None
     """The first N pictures. Default: as many as the run took."""
     out: Path | None = None
@@ -34,8 +34,8 @@ class Options:
 def evaluate_run(options: Options) -> None:
     """Writes evaluation.json, tables.md and pictures.png, and prints the tables."""
     from unet_jax import device, runs
-    from unet_jax.data.batches import Loader
-    from unet_jax.data.cache import default_cache_dir, load_split
+    from unet_jax.data.batches import Loader, validation_rows
+    from unet_jax.data.cache import Split, default_cache_dir, load_split
     from unet_jax.data.datasets import resolve, sources
     from unet_jax.train import evaluate, make_steps
 
@@ -46,12 +46,20 @@ def evaluate_run(options: Options) -> None:
         print(line)
     dataset, _ = resolve(options.dataset or config.data.dataset, options.data_dir or config.data.data_dir, False)
     data = dataclasses.replace(config.data, dataset=dataset, data_dir=options.data_dir or config.data.data_dir)
-    own = data.train_examples if options.split == "train" else data.test_examples
-    source = sources(data, config.train.seed)[options.split]
+    if options.split == "validation" and not data.validation_fraction:
+        raise InputError(f"{options.run} kept no part of train for validation: choose --split test or train")
+    own = data.test_examples if options.split == "test" else data.train_examples
+    source = sources(data, config.train.seed)["test" if options.split == "test" else "train"]
     if source.class_names != data.class_names and len(source.class_names) != len(data.class_names):
         raise InputError(f"{options.run} knows the classes {data.class_names}, the dataset has {source.class_names}")
     cache = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
-    split = load_split(source, data.image_size, options.examples or own, cache)
+    if options.split == "test" or not data.validation_fraction:
+        split = load_split(source, data.image_size, options.examples or own, cache)
+    else:  # as the run divided all of its pictures
+        split = load_split(source, data.image_size, own, cache)
+        training, validation = validation_rows(split.names, data.validation_fraction, config.train.seed)
+        rows = (training if options.split == "train" else validation)[: options.examples]
+        split = Split(split.images[rows], split.labels[rows], [split.names[i] for i in rows])
     steps = make_steps(config, placement)
     loader = Loader(split, config.train.batch_size, placement)
     scores, sums = evaluate(steps.evaluate, restored.state, loader, data.class_names)

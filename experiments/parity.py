@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from unet_jax.config import VARIANTS, Variant
+from unet_jax.config import PUBLISHED, VARIANTS, Variant
 from unet_jax.device import compiler_options
 from unet_jax.from_pytorch import variables_from_state_dict
 from unet_jax.layers import BatchNorm, Conv
@@ -227,8 +227,8 @@ def main(image_size: int = 64, batch_size: int = 4, seed: int = 0) -> None:
             "float64 20 losses": LOSS_BOUND,
             "evaluation": LOGITS_BOUND,
         }
-        for i, (name, variant) in enumerate(VARIANTS.items()):
-            row = compare(variant, widths, images, labels, seed)
+        for i, name in enumerate(PUBLISHED):
+            row = compare(VARIANTS[name], widths, images, labels, seed)
             if i == 0:
                 header = [column + (f" (< {bounds[column]:.0e})" if column in bounds else "") for column in row]
                 print("\n| " + " | ".join([f"{widths[0]}-{widths[-1]} features", *header]) + " |")

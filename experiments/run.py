@@ -1,6 +1,7 @@
 """Trains a variant of the U-Net and writes its run folder: `python experiments/run.py --variant mp_tr_dice`."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import tyro
 
-from unet_jax.config import VARIANTS, DatasetName, RunConfig, check_config, default_config, differences, to_dict
+from unet_jax.config import PUBLISHED, DatasetName, RunConfig, check_config, default_config, differences, to_dict
 from unet_jax.errors import InputError, exit_on_input_error
 
 # JAX and what builds on it are imported where work begins, so that --help and a mistyped flag answer at once.
 if TYPE_CHECKING:
     from unet_jax.checkpoint import Restored
+    from unet_jax.data.batches import Loader
     from unet_jax.data.cache import Split
     from unet_jax.device import Placement
     from unet_jax.train import Steps, TrainState
@@ -48,7 +50,7 @@ def parse(argv: Sequence[str]) -> list[Options]:
     first.add_argument("--data-dir", "--data_dir")
     first.add_argument("--download", action="store_true")
     chosen, _ = first.parse_known_args(argv)
-    names = list(VARIANTS) if chosen.variant == "all" else [chosen.variant]
+    names = list(PUBLISHED) if chosen.variant == "all" else [chosen.variant]
     dataset, notice = chosen.dataset, None
     for name in names:
         default_config(name, dataset)
@@ -85,7 +87,7 @@ def parse(argv: Sequence[str]) -> list[Options]:
 def train_run(options: Options, placement: "Placement") -> None:
     """Makes one run, or what is left of it: from the checks before the first file to the figures after the last."""
     from unet_jax import runs
-    from unet_jax.data.batches import Loader
+    from unet_jax.data.batches import Loader, validation_rows
     from unet_jax.train import make_steps
 
     config, folder = options.config, Path(options.workdir or ".")
@@ -96,8 +98,13 @@ def train_run(options: Options, placement: "Placement") -> None:
         return
     splits = load_splits(config, options.cache_dir)
     batch_size = config.train.batch_size
-    placement.check_batch(batch_size, len(splits["train"].names))
-    train, test = (Loader(splits[name], batch_size, placement) for name in ("train", "test"))
+    training, validation = validation_rows(splits["train"].names, config.data.validation_fraction, config.train.seed)
+    placement.check_batch(batch_size, len(training))
+    train, test = (
+        Loader(splits["train"], batch_size, placement, training),
+        Loader(splits["test"], batch_size, placement),
+    )
+    held_out = Loader(splits["train"], batch_size, placement, validation) if len(validation) else test
     initial = start_from(config, placement)
     with runs.lock(folder):
         if options.overwrite:
@@ -106,9 +113,9 @@ def train_run(options: Options, placement: "Placement") -> None:
         runs.write_json(folder / "config.json", to_dict(config))
         runs.write_json(folder / "environment.json", runs.environment())
         print(f"{config.variant} on {config.data.dataset}: {len(train)} steps an epoch, files in {folder}")
-        steps = make_steps(config, placement, options.deterministic)
-        state, records = train_epochs(config, folder, steps, train, test, restored or initial)
-        finish(config, folder, steps, state, records, splits["test"])
+        steps = make_steps(config, placement, options.deterministic, len(train))
+        state, records = train_epochs(config, folder, steps, train, held_out, restored or initial)
+        finish(config, folder, steps, state, records, test)
 
 
 def _is_done(folder: Path, config: RunConfig, overwrite: bool) -> bool:
@@ -138,6 +145,7 @@ def load_splits(config: RunConfig, cache_dir: str | None) -> "dict[str, Split]":
     counts = {"train": data.train_examples, "test": data.test_examples}
     found = sources(data, config.train.seed)
     available = min(found["train"].size, counts["train"] or found["train"].size)
+    available -= round(available * data.validation_fraction)
     if config.train.batch_size > available:
         raise InputError(f"--batch-size {config.train.batch_size} is larger than the {available} training pictures")
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
@@ -152,14 +160,14 @@ def start_from(config: RunConfig, placement: "Placement") -> "Restored":
     from unet_jax.checkpoint import Progress, Restored
 
     model = train.make_model(config.model, len(config.data.class_names))
-    state = train.init_state(model, train.make_optimizer(config.train), config.train.seed)
+    state = train.init_state(model, train.make_optimizer(config.train), config.train.seed, ema=config.train.ema)
     if config.train.init_from:
         other = Path(config.train.init_from)
         theirs, restored = runs.load(other, placement)
-        ours = (config.model.downsampling, config.model.upsampling, config.model.widths, config.data.class_names)
-        if ours != (theirs.model.downsampling, theirs.model.upsampling, theirs.model.widths, theirs.data.class_names):
+        ours = dataclasses.replace(config.model, dropout_rate=0, precision="auto"), config.data.class_names
+        if ours != (dataclasses.replace(theirs.model, dropout_rate=0, precision="auto"), theirs.data.class_names):
             raise InputError(f"--init-from {other} is a run of another network or other classes: {theirs.model}")
-        state = state._replace(params=restored.state.params, batch_stats=restored.state.batch_stats)
+        state = state._replace(**train.variables(restored.state))
     return Restored(jax.device_put(state, placement.replicated), Progress([], []), [])
 
 
@@ -169,7 +177,7 @@ def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored
 
     if not checkpoint.exists(folder / "checkpoints"):
         return None
-    _, restored = runs.load(folder, placement, config)
+    _, restored = runs.load(folder, placement, config, "newest")
     for line in restored.skipped:
         print(line, file=sys.stderr)
     runs.write_records(folder, restored.progress.records)
@@ -178,20 +186,28 @@ def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored
 
 
 def train_epochs(
-    config: RunConfig, folder: Path, steps: "Steps", train: Any, test: Any, start: "Restored"
+    config: RunConfig, folder: Path, steps: "Steps", train: "Loader", held_out: "Loader", start: "Restored"
 ) -> "tuple[TrainState, list[dict[str, Any]]]":
-    """Trains to the last epoch; each ends with its line, its record in metrics.jsonl, and a checkpoint."""
+    """Trains to the last epoch; each ends with its line, its record in metrics.jsonl, and a checkpoint.
+
+    The best epoch by the validation part's mean IoU, if there is such a part, has a second one in the folder `best`.
+    """
     from tqdm import tqdm
 
     from unet_jax import checkpoint, runs
     from unet_jax.train import NonFiniteLossError, StepResult, fit
 
     state, records = start.state, list(start.progress.records)
-    clock = Clock(config.train.epochs, len(train), len(test), int(state.step))
+    clock = Clock(config.train.epochs, len(train), len(held_out), int(state.step))
+    part, prefix = ("Validation part", "validation_") if config.data.validation_fraction else ("Test set", "")
+    loss = f"{prefix or 'test_'}loss"
     bar: Any = None
     try:
-        with checkpoint.manager(folder / "checkpoints", int(state.step)) as checkpoints:
-            for result in fit(config, steps, state, train, test, start.progress.losses):
+        with contextlib.ExitStack() as stack:
+            checkpoints = stack.enter_context(checkpoint.manager(folder / "checkpoints", int(state.step)))
+            if prefix:
+                best = stack.enter_context(checkpoint.manager(folder / "best", int(state.step), keep=1))
+            for result in fit(config, steps, state, train, held_out, start.progress.losses):
                 state = result.state
                 if isinstance(result, StepResult):
                     if bar is None:
@@ -211,12 +227,15 @@ def train_epochs(
                 bar.close()
                 bar = None
                 print(
-                    f"Test set: average loss {record['test_loss']:.4f}, mean IoU {record['mean_iou']:.4f},"
-                    f" pixel accuracy {record['pixel_accuracy']:.4f}"
+                    f"{part}: average loss {record[loss]:.4f},"
+                    f" mean IoU {record[f'{prefix}mean_iou']:.4f},"
+                    f" pixel accuracy {record[f'{prefix}pixel_accuracy']:.4f}"
                 )
                 records.append(record)
                 runs.write_records(folder, records)
                 checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
+                if prefix and record["validation_mean_iou"] >= max(r["validation_mean_iou"] for r in records):
+                    checkpoint.save(best, state, checkpoint.Progress(records, []))
     except NonFiniteLossError as error:
         last = f"epoch {len(records)} is the last good checkpoint" if records else "there is no checkpoint before it"
         raise InputError(f"{error}; {last}, in {folder}: try a smaller --learning-rate") from None
@@ -249,17 +268,23 @@ class Clock:
 
 
 def finish(
-    config: RunConfig, folder: Path, steps: "Steps", state: "TrainState", records: list[dict[str, Any]], test: "Split"
+    config: RunConfig, folder: Path, steps: "Steps", state: "TrainState", records: list[dict[str, Any]], test: "Loader"
 ) -> None:
-    """The figures, the summary and the last line."""
+    """The figures, the summary and the last line; with a validation part, of the best epoch, which now meets test."""
     import jax
     import numpy as np
 
     from unet_jax import plots, runs
+    from unet_jax.train import evaluate
 
+    scores = records[-1]
+    if config.data.validation_fraction:
+        _, best = runs.load(folder, test.placement, config)
+        state, epoch = best.state, len(best.progress.records)
+        scores = {"epoch": epoch, **evaluate(steps.evaluate, state, test, config.data.class_names)[0]}
     names, data = config.data.class_names, config.data
     title = f"{config.variant} on {data.dataset} ({data.image_size}x{data.image_size}, {len(records)} epochs)"
-    images, labels = np.asarray(test.images[:10]), np.asarray(test.labels[:10])
+    images, labels = np.asarray(test.split.images[:10]), np.asarray(test.split.labels[:10])
     predictions = np.asarray(steps.predict(state, images))
     plots.metrics_figure(records, title).savefig(folder / "metrics.png")
     plots.results_figure(images, labels, predictions, names, title).savefig(folder / "results.png")
@@ -271,10 +296,12 @@ def finish(
         "seconds": sum(r["seconds"] + r["evaluation_seconds"] for r in records),
         "final": records[-1],
     }
+    if scores is not records[-1]:
+        summary["test"] = scores
     runs.write_json(folder / "summary.json", summary)
     print(
-        f"{config.variant} on {data.dataset}: test loss {records[-1]['test_loss']:.4f},"
-        f" mean IoU {records[-1]['mean_iou']:.4f} after {len(records)} epochs; figures in {folder}"
+        f"{config.variant} on {data.dataset}: test loss {scores['test_loss']:.4f},"
+        f" mean IoU {scores['mean_iou']:.4f} after {scores['epoch']} epochs; figures in {folder}"
     )
 
 

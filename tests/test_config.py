@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from unet_jax.config import (
+    PUBLISHED,
     VARIANTS,
     DataConfig,
     ModelConfig,
@@ -36,7 +37,7 @@ def refusal(function, *args) -> str:
 
 
 @pytest.mark.parametrize("dataset", ["auto", "oxford_iiit_pet", "synthetic"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PUBLISHED)
 def test_defaults_are_valid_and_survive_json(variant, dataset):
     config = default_config(variant, dataset)
     check_config(config)
@@ -51,12 +52,22 @@ def test_defaults_are_valid_and_survive_json(variant, dataset):
 
 
 def test_the_published_variants():
-    assert {name: tuple(row) for name, row in VARIANTS.items()} == {
+    assert {name: tuple(VARIANTS[name])[:5] for name in PUBLISHED} == {
         "mp_tr_ce": ("max_pool", "transposed_conv", "cross_entropy", 64, 0.5283),
         "mp_tr_dice": ("max_pool", "transposed_conv", "log_dice", 128, 0.0909),
         "strconv_tr_ce": ("strided_conv", "transposed_conv", "cross_entropy", 64, 0.2871),
         "strconv_ups_dice": ("strided_conv", "resize", "log_dice", 32, 0.0642),
     }
+    assert not any(VARIANTS[name].model or VARIANTS[name].train for name in PUBLISHED)
+
+
+@pytest.mark.parametrize("dataset", ["auto", "oxford_iiit_pet", "synthetic"])
+def test_the_recipe_of_our_own(dataset):
+    config = default_config("best", dataset)
+    check_config(config)
+    assert through_json(config) == config
+    assert set(VARIANTS) - set(PUBLISHED) == {"best"}
+    assert (config.model.block, config.train.augment) == ("residual", "strong")
 
 
 def test_values_that_are_not_defaults_survive_json():
@@ -81,7 +92,7 @@ def test_fields_that_an_older_file_lacks_take_their_defaults():
     [
         ("mp_tr_cee", "did you mean mp_tr_ce or "),
         ("strconv_ups_ce", "strconv_ups_dice"),
-        ("zzz", "choose from mp_tr_ce, mp_tr_dice, strconv_tr_ce, strconv_ups_dice, all"),
+        ("zzz", "choose from mp_tr_ce, mp_tr_dice, strconv_tr_ce, strconv_ups_dice, best, all"),
     ],
 )
 def test_an_unknown_variant_is_refused_with_what_is_near(variant, hint):
@@ -109,6 +120,10 @@ def test_an_unknown_variant_is_refused_with_what_is_near(variant, hint):
         ("train", "seed", -1, "--seed is -1: it must not be negative"),
         ("data", "image_size", 100, "pictures of 100x100 do not fit 5 levels"),
         ("train", "loss", "dice", "--loss has the term 'dice'"),
+        ("train", "ema", 1.0, "--ema is 1.0: it must be at least 0 and below 1"),
+        ("train", "weight_decay", -0.1, "--weight-decay is -0.1: it must be finite and not negative"),
+        ("train", "clip_norm", math.inf, "--clip-norm is inf: it must be finite and not negative"),
+        ("train", "warmup_epochs", -1, "--warmup-epochs is -1: it must be finite and not negative"),
     ],
 )
 def test_values_that_no_run_can_have_are_refused(part, field, value, message):
@@ -147,6 +162,15 @@ def test_folders_and_epochs_make_no_other_run():
     )
     assert moved != CONFIG
     assert differences(CONFIG, moved) == []
+
+
+def test_a_schedule_that_ends_makes_epochs_part_of_the_run():
+    cosine = replace(CONFIG, train=replace(CONFIG.train, schedule="cosine", warmup_epochs=24))
+    check_config(cosine)
+    longer = replace(cosine, train=replace(cosine.train, epochs=26))
+    assert differences(cosine, longer) == ["train.epochs: 25 -> 26"]
+    too_short = replace(cosine, train=replace(cosine.train, epochs=24))
+    assert "--warmup-epochs is 24: it must be below --epochs 24" in refusal(check_config, too_short)
 
 
 @pytest.mark.parametrize(

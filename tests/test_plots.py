@@ -101,12 +101,14 @@ def test_results_figure_of_one_picture_and_no_row_titles():
 
 def test_comparison_figure():
     published = {"mp_tr_ce": {1: 1.3338, 2: 0.828, 25: 0.5283}}
-    figure = comparison_figure({"mp_tr_ce": records(2), "my_run": records(3)}, published, "ours and theirs")
+    runs = {"mp_tr_ce": {"a": records(2)}, "my_run": {"a": records(3), "b": records(1)}}
+    figure = comparison_figure(runs, published, "ours and theirs")
     assert figure.get_suptitle() == "ours and theirs"
     assert [axes.get_title() for axes in figure.axes] == ["mp_tr_ce", "my_run"]
     first, second = map(lines, figure.axes)
     assert first["test, published"] == ([1, 2, 25], [1.3338, 0.828, 0.5283])
     assert first["test"] == ([1, 2], [1.5, 0.75])
     assert second["test, published"] == ([], [])
-    assert second["train"][0] == [1, 2, 3]
+    assert second["train, a"][0] == [1, 2, 3]
+    assert second["test, b"] == ([1], [1.5])
     assert png_size(figure) == (340, 180)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from unet_jax import device, runs
-from unet_jax.config import VARIANTS
+from unet_jax.config import PUBLISHED, VARIANTS
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--dataset", "synthetic", "--image-size", "16", "--widths", "4", "4", "--train-examples", "12"]
@@ -63,7 +63,9 @@ def finished(home) -> Path:
 
 
 def test_all_variants_end_to_end(finished):
-    for name, row in VARIANTS.items():
+    assert not (finished / "best").exists()
+    for name in PUBLISHED:
+        row = VARIANTS[name]
         run = finished / name
         expected = {"config.json", "environment.json", "metrics.jsonl", "metrics.png", "results.png", "summary.json"}
         assert expected | {"checkpoints"} <= {p.name for p in run.iterdir()}
@@ -77,7 +79,7 @@ def test_all_variants_end_to_end(finished):
         assert (run / "results.png").read_bytes()[:4] == b"\x89PNG"
     assert int(state_of(run).step) == 4
     comparison = (finished / "comparison.md").read_text()
-    assert all(f"| {name} | synthetic | 16 |" in comparison for name in VARIANTS)
+    assert all(f"| {name} | synthetic | 16 |" in comparison for name in PUBLISHED)
     assert "0.0909" in comparison
     assert (finished / "comparison.png").stat().st_size > 10_000
 
@@ -227,3 +229,39 @@ def test_overwrite_starts_anew_and_keeps_other_files(home, finished):
 def test_help_names_the_flags(home):
     output = execute(home, "run.py", "--help")
     assert all(flag in output for flag in ("--variant", "--image-size", "--train-examples", "--workdir", "--init-from"))
+
+
+def test_best_epoch_is_chosen_on_the_validation_part(home):
+    flags = [
+        *SMALL[:-1],
+        "4",
+        "--validation-fraction",
+        0.34,
+        "--learning-rate",
+        0.1,
+        "--ema",
+        0.9,
+        "--augment",
+        "basic",
+    ]
+    run, once = home / "validated", {"mean_iou", "test_loss"}
+    output = execute(home, "run.py", *flags, "--workdir", run)
+    assert "Validation part: average loss" in output
+    lines = records(run)
+    assert all("validation_loss" in r and not once & set(r) for r in lines)
+    ious = [r["validation_mean_iou"] for r in lines]
+    best = max(range(4), key=lambda i: (ious[i], i)) + 1
+    test = json.loads((run / "summary.json").read_text())["test"]
+    assert test["epoch"] == best
+    assert int(state_of(run).step) == best  # of the eight training pictures each epoch is one step
+    assert [p.name for p in (run / "best").iterdir()] == [str(best)]
+    assert f"mean IoU {test['mean_iou']:.4f} after {best} epochs" in output
+    execute(home, "evaluate.py", run, "--split", "validation")
+    result = json.loads((run / "evaluation-validation" / "evaluation.json").read_text())
+    assert (result["pictures"], result["mean_iou"]) == (4, ious[best - 1])
+    execute(home, "evaluate.py", run)
+    assert json.loads((run / "evaluation-test" / "evaluation.json").read_text())["mean_iou"] == test["mean_iou"]
+    # Going on takes the newest checkpoint all the same.
+    assert "going on from step 4, 4 epochs" in execute(home, "run.py", *flags, "--epochs", 5, "--workdir", run)
+    other = execute(home, "evaluate.py", home / "all" / "mp_tr_ce", "--split", "validation", status=2)
+    assert "kept no part of train" in other or "is no run folder" in other

@@ -6,12 +6,15 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from unet_jax import device, train
 from unet_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from unet_jax.data.batches import Loader, shuffled
+from unet_jax.data.batches import Loader, shuffled, validation_rows
 from unet_jax.data.cache import Split
+from unet_jax.errors import InputError
+from unet_jax.layers import conv
 
 CONFIG = RunConfig(
     "mp_tr_dice",
@@ -158,3 +161,109 @@ def test_bfloat16_keeps_the_state_in_float32(placement, steps):
     _, reference = steps.train(fresh_state(CONFIG, placement), batch)
     assert loss.dtype == np.float32
     assert 0 < abs(float(loss) - float(reference)) < 0.02 * float(reference)
+
+
+def with_train(**changes) -> RunConfig:
+    return dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **changes))
+
+
+def test_defaults_are_plain_adam():
+    chex.assert_trees_all_equal_structs(
+        train.make_optimizer(CONFIG.train).init({"kernel": jnp.ones(2)}), optax.adam(1e-2).init({"kernel": jnp.ones(2)})
+    )
+    assert train.make_schedule(CONFIG.train, 7) == 1e-2
+
+
+def test_schedules():
+    rate = train.make_schedule(with_train(schedule="cosine", warmup_epochs=1).train, steps_per_epoch=10)
+    # Up to the peak in the first of two epochs, half of it in the middle of the second, nothing at the end.
+    np.testing.assert_allclose([rate(s) for s in (0, 5, 10, 15, 20)], [0, 5e-3, 1e-2, 5e-3, 0], atol=1e-8)
+    rate = train.make_schedule(with_train(warmup_epochs=2).train, steps_per_epoch=10)
+    np.testing.assert_allclose([rate(s) for s in (0, 10, 20, 1000)], [0, 5e-3, 1e-2, 1e-2], atol=1e-8)
+
+
+def test_decay_moves_kernels_alone_and_long_gradients_are_clipped():
+    params = {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.ones(2)}
+    decay = train.make_optimizer(with_train(weight_decay=0.5).train)
+    updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -1e-2 * 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+    clip = train.make_optimizer(with_train(clip_norm=2.0).train)
+    _, state = clip.update(jax.tree.map(lambda p: 30 * p, params), clip.init(params), params)
+    # Adam's first moment is a tenth of the gradient, whose norm was 30 sqrt(6) and is 2.
+    np.testing.assert_allclose(optax.tree.norm(optax.tree.get(state, "mu")), 0.2, rtol=1e-6)
+
+
+def test_average_of_parameters_has_its_own_batch_statistics(placement):
+    config = with_train(ema=0.5, schedule="cosine")
+    steps = train.make_steps(config, placement, steps_per_epoch=3)
+    loader, test = loaders(placement)
+    model = train.make_model(config.model, 3)
+    fresh = train.init_state(model, train.make_optimizer(config.train), 0, ema=0.5)
+    trajectory, epochs = [], []
+    for result in train.fit(config, steps, jax.device_put(fresh, placement.replicated), loader, test):
+        if isinstance(result, train.EpochResult):
+            epochs.append(jax.device_get(result))
+        else:
+            trajectory.append(jax.device_get(result.state.params))
+    assert [r.record["learning_rate"] for r in epochs] == pytest.approx(
+        [5e-3 * (1 + np.cos(np.pi * s / 6)) for s in (2, 5)], rel=1e-5
+    )
+    expected = trajectory[0]
+    for step, params in enumerate(trajectory):
+        decay = min(0.5, step / (step + 10))
+        expected = jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, expected, params)
+    averaged = epochs[-1].state.averaged
+    chex.assert_trees_all_close(averaged["params"], expected, rtol=1e-4, atol=1e-6)
+    # The first convolution's statistics, from the pictures that it saw: the two whole batches of epoch 0.
+    order = shuffled(10, 0, 0)[:8]
+    x = train.prepare(loader.split.images[order], jnp.float32)
+    kernel, bias = (averaged["params"]["encoder1"]["conv1"][k] for k in ("kernel", "bias"))
+    a = np.maximum(np.asarray(conv(x, kernel, padding=1)) + bias, 0).reshape(2, -1, 4)
+    norm = averaged["batch_stats"]["encoder1"]["norm1"]
+    np.testing.assert_allclose(norm["mean"], a.mean(1).mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(norm["var"], a.var(1).mean(0), rtol=1e-3, atol=1e-6)
+    # It is the average that evaluates.
+    images = test.split.images
+    theirs = model.apply(averaged, train.prepare(images, jnp.float32))
+    np.testing.assert_allclose(train.infer(epochs[-1].state, images, model), theirs, rtol=1e-5, atol=1e-5)
+    plain = train.infer(epochs[-1].state._replace(averaged=None), images, model)
+    assert np.abs(plain - theirs).max() > 1e-3
+
+
+def test_augmented_steps_are_of_the_seed_and_the_step(placement, steps):
+    loader, _ = loaders(placement)
+    batch = next(loader.train(0, 1))
+    strong = train.make_steps(with_train(augment="strong"), placement)
+    losses = [float(s.train(fresh_state(CONFIG, placement), batch)[1]) for s in (strong, strong, steps)]
+    assert losses[0] == losses[1] != losses[2]
+    # The next step draws anew.
+    later = fresh_state(CONFIG, placement)._replace(step=jax.device_put(jnp.int32(1), placement.replicated))
+    assert float(strong.train(later, batch)[1]) != losses[0]
+
+
+def test_validation_takes_its_share_of_each_breed():
+    names = [f"{breed}_{i}" for breed in ("Abyssinian", "Maine_Coon", "pug") for i in range(20 + len(breed))]
+    training, validation = validation_rows(names, 0.25, seed=0)
+    np.testing.assert_array_equal(np.sort([*training, *validation]), np.arange(len(names)))
+    assert abs(len(validation) - len(names) / 4) < 1
+    for breed in ("Abyssinian", "Maine_Coon", "pug"):
+        own = [i for i, name in enumerate(names) if name.startswith(breed)]
+        assert abs(len(set(own) & set(validation)) - len(own) / 4) <= 1
+    np.testing.assert_array_equal(validation, validation_rows(names, 0.25, seed=0)[1])
+    assert set(validation) != set(validation_rows(names, 0.25, seed=1)[1])
+    assert [len(rows) for rows in validation_rows(names, 0.0, seed=0)] == [len(names), 0]
+    with pytest.raises(InputError, match=r"--validation-fraction 0.01 of 3 pictures is none"):
+        validation_rows(names[:3], 0.01, seed=0)
+
+
+def test_a_loader_of_some_rows(placement, monkeypatch):
+    split, rows = random_split(10), np.array([1, 4, 7, 8, 9])
+    for resident in (False, True):
+        monkeypatch.setattr(device.Placement, "fits", lambda self, nbytes, answer=resident: answer)
+        loader = Loader(split, 4, placement, rows)
+        batches = list(loader.train(0, 1))
+        expected = rows[shuffled(5, 0, 1)]
+        np.testing.assert_array_equal(np.concatenate([b.labels for b in batches]), split.labels[expected])
+        assert [np.asarray(b.weights).sum() for b in loader.evaluation()] == [4, 1]
+        np.testing.assert_array_equal(next(loader.evaluation()).images, split.images[rows[:4]])

@@ -32,14 +32,14 @@ class Restored(NamedTuple):
 
 
 @contextmanager
-def manager(folder: Path, step: int) -> Iterator[ocp.CheckpointManager]:
+def manager(folder: Path, step: int, keep: int = 2) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a run that goes on from `step`; later ones, which were skipped as damaged, are removed.
 
-    The last two are kept, so that a damaged newest has an elder. Writes happen behind the training where a device has
-    memory of its own. Closing waits for them.
+    The last `keep` are kept: two, so that a damaged newest has an elder. Writes happen behind the training where a
+    device has memory of its own. Closing waits for them.
     """
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=2,
+        max_to_keep=keep,
         cleanup_tmp_directories=True,
         # On the CPU a donated state's memory would be overwritten while it is being saved.
         enable_async_checkpointing=jax.default_backend() != "cpu",
@@ -52,7 +52,9 @@ def manager(folder: Path, step: int) -> Iterator[ocp.CheckpointManager]:
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
     """Saves under the state's step. A save that fails leaves the ones before it."""
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress._asdict()))
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(_fields(state)), progress=ocp.args.JsonSave(progress._asdict())
+    )
     checkpoints.save(int(state.step), args=items)
 
 
@@ -69,14 +71,14 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
     """
     if not exists(folder):
         raise InputError(f"no complete checkpoint in {folder}: the run was stopped before its first epoch ended")
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), _fields(abstract))
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
     skipped: list[str] = []
     with ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as checkpoints:
         for step in sorted(checkpoints.all_steps(), reverse=True):
             try:
                 restored = checkpoints.restore(step, args=items)
-                state = TrainState(*restored["state"])
+                state = TrainState(**restored["state"])
                 if jax.tree.map(_kind, state) != jax.tree.map(_kind, abstract):
                     raise ValueError("its arrays are not those of the config")
                 return Restored(state, Progress(**restored["progress"]), skipped)
@@ -84,6 +86,11 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
                 reason = str(error).strip().split("\n")[0][:150]
                 skipped.append(f"checkpoint {step} in {folder} cannot be used ({reason})")
     raise InputError(f"{skipped[0]}: it is damaged, or was made with another config")
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    # Without those that a run does not use, so that files stay as they were before there were such.
+    return {name: value for name, value in state._asdict().items() if value is not None}
 
 
 def _kind(array: Any) -> tuple[Any, Any]:

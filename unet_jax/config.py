@@ -5,7 +5,8 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import dacite
@@ -19,18 +20,23 @@ IGNORE_LABEL = 255  # pixels with this label count in no loss, no gradient and n
 
 Downsampling = Literal["max_pool", "strided_conv"]
 Upsampling = Literal["transposed_conv", "resize"]
+Block = Literal["relu_norm", "norm_relu", "residual"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Augment = Literal["none", "basic", "strong"]
+Schedule = Literal["constant", "cosine"]
 DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic", "folder"]
 
 
 class Variant(NamedTuple):
-    """A published run: what sets it apart, and its best published test loss."""
+    """A recipe: what sets it apart, and where it is a published run its best published test loss."""
 
     downsampling: Downsampling
     upsampling: Upsampling
     loss: str
     batch_size: int
-    published_test_loss: float
+    published_test_loss: float | None
+    model: Mapping[str, Any] = MappingProxyType({})  # other fields of ModelConfig and TrainConfig
+    train: Mapping[str, Any] = MappingProxyType({})
 
 
 VARIANTS = {
@@ -38,7 +44,14 @@ VARIANTS = {
     "mp_tr_dice": Variant("max_pool", "transposed_conv", "log_dice", 128, 0.0909),
     "strconv_tr_ce": Variant("strided_conv", "transposed_conv", "cross_entropy", 64, 0.2871),
     "strconv_ups_dice": Variant("strided_conv", "resize", "log_dice", 32, 0.0642),
-}
+    "best": Variant(
+        "max_pool", "transposed_conv", "cross_entropy+soft_dice", 32, None,
+        model={"block": "residual"},
+        train={"epochs": 60, "schedule": "cosine", "warmup_epochs": 1, "weight_decay": 0.01, "clip_norm": 1.0,
+               "ema": 0.998, "augment": "strong"},
+    ),
+}  # fmt: skip
+PUBLISHED = tuple(name for name, row in VARIANTS.items() if row.published_test_loss)
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,8 @@ class DataConfig:
     """A name for each class, in the order of the labels. Default for a folder: of its classes.json, or counted."""
     test_fraction: float = 0.2
     """Share of a folder's pictures that the test split gets, where it has no train.txt or test.txt."""
+    validation_fraction: float = 0.0
+    """Share of the training pictures that is kept from training, and chooses the best epoch; test then waits for it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,9 @@ class ModelConfig:
     """Dropout in the two deepest encoder blocks."""
     precision: Precision = "auto"
     """What the layers compute in; auto is bfloat16 on GPU and TPU and float32 on the CPU."""
+    block: Block = "relu_norm"
+    """What follows a block's convolutions: ReLU and batch norm, as published, or batch norm and ReLU; residual is the
+    latter with the block's input added, through a 1x1 convolution, before the last ReLU."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,19 @@ class TrainConfig:
     """Run folder whose parameters and batch norm statistics training starts from. Of an import: the weights' file."""
     class_weights: tuple[float, ...] = ()
     """How much a pixel of each class counts in cross_entropy: the weighted mean over pixels. Default: all the same."""
+    schedule: Schedule = "constant"
+    """Of the learning rate after the warm-up: constant, or down to 0 at the last step along half a cosine."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate rises from 0, linearly."""
+    weight_decay: float = 0.0
+    """AdamW's decay of the kernels, a step: this times the learning rate."""
+    clip_norm: float = 0.0
+    """Gradients of a larger norm (over all parameters) are scaled down to it. 0: none is."""
+    ema: float = 0.0
+    """Decay of the moving average of the parameters, which then evaluates and predicts in their place. 0: none."""
+    augment: Augment = "none"
+    """Random changes of the training pictures: basic flips, crops and varies the light a little; strong does more of
+    that, turns, and varies colours too."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +133,7 @@ class RunConfig:
     """All of a run."""
 
     variant: str = "mp_tr_dice"
-    """mp_tr_ce, mp_tr_dice, strconv_tr_ce, strconv_ups_dice, or all four in turn."""
+    """mp_tr_ce, mp_tr_dice, strconv_tr_ce, strconv_ups_dice, or all of these four in turn; or best, our own."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
@@ -113,7 +144,7 @@ NOT_COMPARED = {"data.data_dir", "train.epochs"}
 
 
 def default_config(variant: str, dataset: DatasetName) -> RunConfig:
-    """The variant's published setting, at a size fit for the dataset.
+    """The variant's setting (as published, where it was), at a size fit for the dataset.
 
     Raises:
       InputError: no such variant.
@@ -123,16 +154,17 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(VARIANTS)}, all"
         raise InputError(f"unknown variant {variant!r}: {hint}")
     row = VARIANTS[variant]
-    model = ModelConfig(row.downsampling, row.upsampling)
+    model = ModelConfig(row.downsampling, row.upsampling, **row.model)
+    train = TrainConfig(row.loss, row.batch_size, **row.train)
     if dataset == "synthetic":
         # Small enough for minutes on two cores: the bare command is to show learning anywhere.
-        train, test = SYNTHETIC_EXAMPLES["train"], SYNTHETIC_EXAMPLES["test"]
-        data = DataConfig(dataset, image_size=64, train_examples=train, test_examples=test)
-        return RunConfig(variant, data, model, TrainConfig(row.loss, batch_size=16, epochs=5))
+        counts = SYNTHETIC_EXAMPLES
+        data = DataConfig(dataset, image_size=64, train_examples=counts["train"], test_examples=counts["test"])
+        return RunConfig(variant, data, model, replace(train, batch_size=16, epochs=5))
     if dataset == "folder":
         data = DataConfig(dataset, class_names=())
-        return RunConfig(variant, data, model, TrainConfig(row.loss, FOLDER_BATCH_SIZE))
-    return RunConfig(variant, DataConfig(dataset), model, TrainConfig(row.loss, row.batch_size))
+        return RunConfig(variant, data, model, replace(train, batch_size=FOLDER_BATCH_SIZE))
+    return RunConfig(variant, DataConfig(dataset), model, train)
 
 
 def check_size(height: int, width: int, levels: int) -> None:
@@ -161,12 +193,25 @@ def check_config(config: RunConfig) -> None:
             raise InputError(f"--{flag} is {value}: it must be at least 1")
     if not (math.isfinite(train.learning_rate) and train.learning_rate > 0):
         raise InputError(f"--learning-rate is {train.learning_rate}: it must be positive and finite")
-    if not 0 <= model.dropout_rate < 1:
-        raise InputError(f"--dropout-rate is {model.dropout_rate}: it must be at least 0 and below 1")
+    for flag, rate in {"dropout-rate": model.dropout_rate, "ema": train.ema}.items():
+        if not 0 <= rate < 1:
+            raise InputError(f"--{flag} is {rate}: it must be at least 0 and below 1")
+    not_negative = {
+        "warmup-epochs": train.warmup_epochs,
+        "weight-decay": train.weight_decay,
+        "clip-norm": train.clip_norm,
+    }
+    for flag, amount in not_negative.items():
+        if not 0 <= amount < math.inf:
+            raise InputError(f"--{flag} is {amount}: it must be finite and not negative")
+    if train.schedule == "cosine" and train.warmup_epochs >= train.epochs:
+        raise InputError(f"--warmup-epochs is {train.warmup_epochs}: it must be below --epochs {train.epochs}")
     if train.seed < 0:
         raise InputError(f"--seed is {train.seed}: it must not be negative")
     if not 0 < data.test_fraction < 1:
         raise InputError(f"--test-fraction is {data.test_fraction}: it must be above 0 and below 1")
+    if not 0 <= data.validation_fraction < 1:
+        raise InputError(f"--validation-fraction is {data.validation_fraction}: it must be at least 0 and below 1")
     check_size(data.image_size, data.image_size, len(model.widths))
     names = [name for _, name in loss_terms(train.loss)]
     if train.class_weights and "cross_entropy" not in names:
@@ -221,9 +266,13 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """The fields in which two runs differ, as "train.batch_size: 64 -> 32", leaving out NOT_COMPARED."""
+    """The fields in which two runs differ, as "train.batch_size: 64 -> 32", leaving out NOT_COMPARED.
+
+    Epochs are compared where the learning rate's schedule depends on them.
+    """
+    ignored = NOT_COMPARED - ({"train.epochs"} if new.train.schedule == "cosine" else set())
     before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
-    return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and k not in NOT_COMPARED]
+    return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and k not in ignored]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from unet_jax import device, runs
 from unet_jax.config import RunConfig, to_dict
 from unet_jax.errors import InputError
 from unet_jax.predict import probabilities_step
-from unet_jax.train import TrainState, make_model
+from unet_jax.train import TrainState, inference_state, make_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 ARTIFACT = "model.jaxexport"
@@ -73,7 +73,7 @@ def describe(config: RunConfig, step: int, artifact: bytes, version: int) -> dic
 
 
 def export_run(run: Path, out: Path) -> dict[str, Any]:
-    """Writes the newest checkpoint of a run to `out` as ARTIFACT, and model.json; returns what that says.
+    """Writes a run's checkpoint (that of `runs.load`) to `out` as ARTIFACT, and model.json; returns what that says.
 
     Layers compute in float32 unless the config says bfloat16: the artifact is for any device.
 
@@ -83,7 +83,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
     config, restored = runs.load(run, device.placement())
     if config.model.precision == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="float32"))
-    exported = export_step(config, jax.device_get(restored.state._replace(opt_state=None)))
+    exported = export_step(config, jax.device_get(inference_state(restored.state)))
     try:
         artifact = bytes(exported.serialize())
         out.mkdir(parents=True, exist_ok=True)

@@ -10,22 +10,31 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from unet_jax.config import Downsampling, Upsampling, check_size
+from unet_jax.config import Block, Downsampling, Upsampling, check_size
 from unet_jax.layers import BatchNorm, Conv, TransposedConv, max_pool, resize_double
 
 
 class DoubleConv(nn.Module):
-    """(conv 3x3 -> ReLU -> batch norm) twice, then dropout: [N, H, W, I] to [N, H, W, features]."""
+    """(conv 3x3 -> ReLU -> batch norm) twice, then dropout: [N, H, W, I] to [N, H, W, features].
+
+    Block "norm_relu" has batch norm -> ReLU instead; "residual" adds the input to the second norm's output, through a
+    1x1 convolution since the features differ (He et al. 2016, arXiv:1512.03385).
+    """
 
     features: int
+    block: Block = "relu_norm"
     dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
+        skipped = x
         for i in (1, 2):
             x = Conv(self.features, dtype=self.dtype, name=f"conv{i}")(x)
-            x = BatchNorm(relu_first=True, name=f"norm{i}")(x, train)
+            x = BatchNorm(relu_first=self.block == "relu_norm", name=f"norm{i}")(x, train)
+            if self.block == "residual" and i == 2:
+                x += Conv(self.features, kernel_size=1, dtype=self.dtype, name="shortcut")(skipped)
+            x = x if self.block == "relu_norm" else nn.relu(x)
         return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
 
@@ -62,6 +71,7 @@ class UNet(nn.Module):
     num_classes: int = 3
     dropout_rate: float = 0.3
     dtype: DTypeLike = jnp.float32
+    block: Block = "relu_norm"
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
@@ -70,7 +80,7 @@ class UNet(nn.Module):
         for i, width in enumerate(self.widths):
             # Dropout in the two deepest blocks of the encoder, as in the reproduced runs.
             rate = self.dropout_rate if i >= levels - 2 else 0.0
-            x = DoubleConv(width, rate, dtype=self.dtype, name=f"encoder{i + 1}")(x, train)
+            x = DoubleConv(width, self.block, rate, dtype=self.dtype, name=f"encoder{i + 1}")(x, train)
             if i < levels - 1:
                 skips.append(x)
                 if self.downsampling == "max_pool":
@@ -80,7 +90,7 @@ class UNet(nn.Module):
         for i, (width, skip) in reversed(list(enumerate(zip(self.widths[:-1], skips, strict=True)))):
             x = Upsample(width, self.upsampling, dtype=self.dtype, name=f"up{i + 1}")(x, train)
             x = jnp.concatenate([skip, x], axis=-1)
-            x = DoubleConv(width, dtype=self.dtype, name=f"decoder{i + 1}")(x, train)
+            x = DoubleConv(width, self.block, dtype=self.dtype, name=f"decoder{i + 1}")(x, train)
         x = Conv(self.widths[0], dtype=self.dtype, name="head")(x)
         logits = Conv(self.num_classes, kernel_size=1, dtype=self.dtype, name="logits")(x)
         return logits.astype(np.promote_types(self.dtype, np.float32))

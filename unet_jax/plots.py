@@ -35,18 +35,19 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def metrics_figure(records: Sequence[Mapping[str, Any]], title: str) -> "Figure":
-    """Losses, and IoU by class, over the epochs of metrics.jsonl's records."""
+    """Losses, and IoU by class, over the epochs of metrics.jsonl's records: of test, or of the validation part."""
     figure = _figure(10, 4)
     figure.suptitle(title)
     losses, iou = figure.subplots(1, 2)
     epochs = [r["epoch"] for r in records]
     losses.plot(epochs, [r["train_loss"] for r in records], "o-", ms=3, label="train (mean of the epoch)")
-    losses.plot(epochs, [r["test_loss"] for r in records], "o-", ms=3, label="test")
+    part, prefix = ("test", "") if "test_loss" in records[-1] else ("validation", "validation_")
+    losses.plot(epochs, [r[f"{part}_loss"] for r in records], "o-", ms=3, label=part)
     losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    iou.plot(epochs, [r["mean_iou"] for r in records], "k-o", ms=3, lw=2, label="mean")
-    for name in records[-1]["iou"]:
-        iou.plot(epochs, [r["iou"][name] for r in records], "o-", ms=2, lw=1, label=name)
-    iou.set(xlabel="epoch", ylabel="test IoU", ylim=(0, 1))
+    iou.plot(epochs, [r[f"{prefix}mean_iou"] for r in records], "k-o", ms=3, lw=2, label="mean")
+    for name in records[-1][f"{prefix}iou"]:
+        iou.plot(epochs, [r[f"{prefix}iou"][name] for r in records], "o-", ms=2, lw=1, label=name)
+    iou.set(xlabel="epoch", ylabel=f"{part} IoU", ylim=(0, 1))
     for axes in (losses, iou):
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
@@ -91,21 +92,33 @@ def results_figure(
 
 
 def comparison_figure(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], published: Mapping[str, Mapping[int, float]], title: str
+    runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+    published: Mapping[str, Mapping[int, float]],
+    title: str,
 ) -> "Figure":
-    """A panel for each run: train and test loss by epoch over the published test losses {epoch: loss}."""
-    figure = _figure(3.4 * len(runs), 3.6)
+    """A panel for each variant: its runs' losses by epoch over the published test losses {epoch: loss}.
+
+    `runs` has the records of each run by variant and label; a variant's only run needs no label.
+    """
+    columns = min(len(runs), 4)
+    rows = -(-len(runs) // columns)
+    figure = _figure(3.4 * columns, 3.6 * rows)
     figure.suptitle(title)
-    for axes, (name, records) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
+    for place, (name, curves) in enumerate(runs.items(), 1):
+        axes: Any = figure.add_subplot(rows, columns, place)
         points = published.get(name, {})
         axes.plot(list(points), list(points.values()), "kx", ms=5, label="test, published")
-        epochs = [r["epoch"] for r in records]
-        axes.plot(epochs, [r["train_loss"] for r in records], "o-", ms=2, lw=1, label="train")
-        axes.plot(epochs, [r["test_loss"] for r in records], "o-", ms=3, label="test")
+        for i, (label, records) in enumerate(curves.items()):
+            of = f", {label}" if len(curves) > 1 else ""
+            part = "test" if "test_loss" in records[-1] else "validation"
+            epochs = [r["epoch"] for r in records]
+            losses, ours = [r["train_loss"] for r in records], [r[f"{part}_loss"] for r in records]
+            axes.plot(epochs, losses, "--", color=f"C{i}", lw=1, label=f"train{of}")
+            axes.plot(epochs, ours, "o-", color=f"C{i}", ms=3, label=f"{part}{of}")
         axes.set(title=name, xlabel="epoch", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8 if len(curves) == 1 else 5)
     return figure
 
 

@@ -20,7 +20,7 @@ from unet_jax.data.source import Example
 from unet_jax.errors import InputError
 from unet_jax.model import UNet
 from unet_jax.plots import colour_labels
-from unet_jax.train import TrainState, infer, make_model
+from unet_jax.train import TrainState, infer, inference_state, make_model
 
 Mode = Literal["resize", "tile"]
 Images = np.ndarray | Sequence[np.ndarray]
@@ -128,7 +128,7 @@ class Predictor:
 
 
 def load(run: str | Path, tile_size: int | None = None) -> Predictor:
-    """The newest checkpoint of a run as a Predictor.
+    """A run's checkpoint (the newest, or the best where validation chose one) as a Predictor.
 
     Raises:
       InputError: there is no run or no checkpoint that can be read, or the tile size does not suit the network.
@@ -147,8 +147,7 @@ def load(run: str | Path, tile_size: int | None = None) -> Predictor:
         out_shardings=placement.batch,
         compiler_options=device.compiler_options(),
     )
-    state = restored.state._replace(opt_state=None)
-    return Predictor(config, restored._replace(state=state), placement, tile_size, forward)
+    return Predictor(config, restored._replace(state=inference_state(restored.state)), placement, tile_size, forward)
 
 
 def assemble(bands: Iterator[np.ndarray], probabilities: bool = False) -> np.ndarray:

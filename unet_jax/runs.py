@@ -11,11 +11,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import jax
 
-from unet_jax.checkpoint import Restored, restore
+from unet_jax.checkpoint import Restored, exists, restore
 from unet_jax.config import RunConfig, from_dict
 from unet_jax.device import Placement, describe
 from unet_jax.errors import InputError
@@ -23,6 +23,8 @@ from unet_jax.train import TrainState, init_state, make_model, make_optimizer
 
 FILES = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "metrics.png", "results.png")
 PACKAGES = ("unet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "pillow")
+
+Which = Literal["best", "newest"]
 
 
 @contextlib.contextmanager
@@ -94,20 +96,24 @@ def read_config(folder: Path) -> RunConfig:
         raise InputError(f"{folder}/config.json: {error}") from None
 
 
-def load(folder: Path, placement: Placement, config: RunConfig | None = None) -> tuple[RunConfig, Restored]:
-    """The config of the run in `folder` and its newest sound checkpoint.
+def load(
+    folder: Path, placement: Placement, config: RunConfig | None = None, which: Which = "best"
+) -> tuple[RunConfig, Restored]:
+    """The config of the run in `folder` and its newest sound checkpoint, or its best one where validation chose one.
 
     Raises:
       InputError: there is no run, or no checkpoint that can be read.
     """
     config = config or read_config(folder)
-    return config, restore(folder / "checkpoints", abstract_state(config), placement.replicated)
+    best = which == "best" and exists(folder / "best")
+    return config, restore(folder / ("best" if best else "checkpoints"), abstract_state(config), placement.replicated)
 
 
 def abstract_state(config: RunConfig) -> TrainState:
     """Shapes and dtypes of the run's train state."""
     model = make_model(config.model, len(config.data.class_names))
-    return jax.eval_shape(lambda: init_state(model, make_optimizer(config.train), config.train.seed))
+    train = config.train
+    return jax.eval_shape(lambda: init_state(model, make_optimizer(train), train.seed, ema=train.ema))
 
 
 def is_finished(folder: Path, epochs: int) -> bool:
@@ -121,7 +127,8 @@ def is_finished(folder: Path, epochs: int) -> bool:
 def clear(folder: Path) -> None:
     """Removes a run's own files from its folder, and nothing else."""
     (folder / "config.json").unlink(missing_ok=True)  # first: without it what is left is no run
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in ("checkpoints", "best"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
 

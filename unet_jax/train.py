@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -13,21 +14,30 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from unet_jax.config import ModelConfig, RunConfig, TrainConfig
+from unet_jax.augment import augment
+from unet_jax.config import Augment, ModelConfig, RunConfig, TrainConfig
 from unet_jax.data.batches import Batch, Loader
 from unet_jax.device import Placement, compiler_options, compute_dtype
+from unet_jax.layers import BatchNorm
 from unet_jax.losses import Loss, make_loss
 from unet_jax.metrics import PictureSums, picture_sums, scores
 from unet_jax.model import UNet
 
+STATISTICS_BATCHES = 20  # that the batch statistics of averaged params are taken from
+
 
 class TrainState(NamedTuple):
-    """All that training changes: arrays only. step is an int32 scalar, the steps taken so far."""
+    """All that training changes: arrays only. step is an int32 scalar, the steps taken so far.
+
+    averaged, with TrainConfig.ema, is linen's variables with the params' average and, from the end of each epoch on,
+    the batch statistics that belong to it.
+    """
 
     step: Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    averaged: dict[str, Any] | None = None
 
 
 def make_model(config: ModelConfig, num_classes: int) -> UNet:
@@ -39,36 +49,70 @@ def make_model(config: ModelConfig, num_classes: int) -> UNet:
         num_classes=num_classes,
         dropout_rate=config.dropout_rate,
         dtype=compute_dtype(config.precision),
+        block=config.block,
     )
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam at a constant rate, as in the reproduced runs."""
-    return optax.adam(config.learning_rate)
+def make_schedule(config: TrainConfig, steps_per_epoch: int) -> float | optax.Schedule:
+    """The learning rate: a number, or where it changes a function of the steps taken so far."""
+    peak, warmup = config.learning_rate, config.warmup_epochs * steps_per_epoch
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.epochs * steps_per_epoch)
+    return optax.warmup_constant_schedule(0.0, peak, warmup) if warmup else peak
 
 
-def init_state(model: UNet, optimizer: optax.GradientTransformation, seed: int, channels: int = 3) -> TrainState:
-    """A fresh state; its parameters depend on the seed and the network alone, not on the size of pictures."""
+def make_optimizer(config: TrainConfig, steps_per_epoch: int = 1) -> optax.GradientTransformation:
+    """Adam as in the reproduced runs, or AdamW; the shape of its state does not depend on `steps_per_epoch`."""
+    rate = make_schedule(config, steps_per_epoch)
+    adam = optax.adam(rate)
+    if config.weight_decay:
+        # Decoupled (Loshchilov and Hutter 2019, arXiv:1711.05101), of kernels alone: they have more than one axis.
+        adam = optax.adamw(rate, weight_decay=config.weight_decay, mask=partial(jax.tree.map, lambda p: p.ndim > 1))
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam) if config.clip_norm else adam
+
+
+def init_state(
+    model: UNet, optimizer: optax.GradientTransformation, seed: int, channels: int = 3, ema: float = 0.0
+) -> TrainState:
+    """A fresh state; its parameters depend on the seed and the network alone, not on the size of pictures.
+
+    The average of an `ema` starts at 0: the first step replaces it.
+    """
     side = 2 ** (len(model.widths) - 1)
     # Under jit, which drops the forward pass: run eagerly, each of its operations would be compiled by itself.
     variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, channels), jnp.float32))
     params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
+    averaged = jax.tree.map(jnp.zeros_like, dict(variables)) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), averaged)
 
 
 def prepare(images: ArrayLike, dtype: DTypeLike) -> Array:
-    """uint8 pictures to what the network is fed: values in [0, 1]."""
+    """Pictures of 0 to 255 to what the network is fed: values in [0, 1]."""
     return jnp.asarray(images, dtype) * jnp.asarray(1 / 255, dtype)
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, seed: int, model: UNet, optimizer: optax.GradientTransformation, loss_fn: Loss
+    state: TrainState,
+    batch: Batch,
+    *,
+    seed: int,
+    model: UNet,
+    optimizer: optax.GradientTransformation,
+    loss_fn: Loss,
+    ema: float = 0.0,
+    strength: Augment = "none",
 ) -> tuple[TrainState, Array]:
     """One update, pure: the new state, and the batch's loss (a scalar) before the update.
 
-    Dropout's key is of (seed, step): nothing random is carried along, so that going on from a checkpoint is exact.
+    Keys are of (seed, step): nothing random is carried along, so that going on from a checkpoint is exact. The
+    average's decay grows to `ema` as step / (step + 10), by which early steps are forgotten (the polynomial-decay
+    averaging of Shamir and Zhang 2013, arXiv:1212.1824, with eta 9).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
+    if strength != "none":
+        own_key = jax.random.fold_in(key, 1)  # not dropout's
+        images, labels = augment(own_key, batch.images, batch.labels, strength)
+        batch = Batch(images, labels, batch.weights)
 
     def loss_of(params: Any) -> tuple[Array, Any]:
         logits, updated = model.apply(
@@ -83,13 +127,46 @@ def train_step(
     (loss, batch_stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, batch_stats, opt_state), loss
+    averaged = state.averaged
+    if averaged is not None:
+        decay = jnp.minimum(ema, state.step / (state.step + 10))
+        averaged = {**averaged, "params": optax.incremental_update(params, averaged["params"], 1 - decay)}
+    return TrainState(state.step + 1, params, batch_stats, opt_state, averaged), loss
+
+
+def statistics_step(state: TrainState, batch: Batch, count: ArrayLike, *, model: UNet) -> TrainState:
+    """The averaged params' batch statistics as the mean over `count` batches before and this one.
+
+    The average has met no batch: those that its parts gathered in training belong to other activations (Izmailov et
+    al. 2018, arXiv:1803.05407). Pictures are as evaluation's: without dropout, not augmented.
+    """
+    averaged: Any = state.averaged
+    before, params = averaged["batch_stats"], averaged["params"]
+    zeros = jax.tree.map(jnp.zeros_like, before)
+    _, updated = model.clone(dropout_rate=0.0).apply(
+        {"params": params, "batch_stats": zeros},
+        prepare(batch.images, model.dtype),
+        train=True,
+        mutable=["batch_stats"],
+    )
+    own = 1 / (1 - BatchNorm.momentum)  # of what started at 0
+    mean = jax.tree.map(lambda old, new: old + (own * new - old) / (count + 1), before, updated["batch_stats"])
+    return state._replace(averaged={"params": params, "batch_stats": mean})
+
+
+def variables(state: TrainState) -> dict[str, Any]:
+    """What evaluates and predicts, as linen's variables: the averages where there are some."""
+    return state.averaged or {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def inference_state(state: TrainState) -> TrainState:
+    """The state with what predicts alone, the averages in their parameters' place."""
+    return TrainState(state.step, opt_state=None, **variables(state))
 
 
 def infer(state: TrainState, images: ArrayLike, model: UNet) -> Array:
     """Logits [N, H, W, num_classes] of pictures uint8 [N, H, W, C]: running statistics, no dropout."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits: Any = model.apply(variables, prepare(images, model.dtype))
+    logits: Any = model.apply(variables(state), prepare(images, model.dtype))
     return logits
 
 
@@ -105,22 +182,36 @@ def predict_step(state: TrainState, images: ArrayLike, *, model: UNet) -> Array:
 
 
 class Steps(NamedTuple):
-    """The compiled functions of a run; train takes over the memory of the state that it is given."""
+    """The compiled functions of a run; train and statistics take over the memory of the state that they are given."""
 
     train: Callable[[TrainState, Batch], tuple[TrainState, Array]]
+    statistics: Callable[[TrainState, Batch, ArrayLike], TrainState]
     evaluate: Callable[[TrainState, Batch], tuple[Array, PictureSums]]
     predict: Callable[[TrainState, ArrayLike], Array]
 
 
-def make_steps(config: RunConfig, placement: Placement, deterministic: bool = False) -> Steps:
-    """Jits the steps of a run: state replicated, batch split over the devices, loss and statistics over all of it."""
+def make_steps(config: RunConfig, placement: Placement, deterministic: bool = False, steps_per_epoch: int = 1) -> Steps:
+    """Jits the steps of a run: state replicated, batch split over the devices, loss and statistics over all of it.
+
+    Training with a schedule or a warm-up needs the right `steps_per_epoch`, len(train).
+    """
     model = make_model(config.model, len(config.data.class_names))
-    optimizer, loss_fn = make_optimizer(config.train), make_loss(config.train.loss, config.train.class_weights)
+    optimizer = make_optimizer(config.train, steps_per_epoch)
+    loss_fn = make_loss(config.train.loss, config.train.class_weights)
     whole, split = placement.replicated, placement.batch
     jit = partial(jax.jit, out_shardings=whole, compiler_options=compiler_options(deterministic))
-    step = partial(train_step, seed=config.train.seed, model=model, optimizer=optimizer, loss_fn=loss_fn)
+    step = partial(
+        train_step,
+        seed=config.train.seed,
+        model=model,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        ema=config.train.ema,
+        strength=config.train.augment,
+    )
     return Steps(
         jit(step, in_shardings=(whole, split), donate_argnums=0),
+        jit(partial(statistics_step, model=model), in_shardings=(whole, split, whole), donate_argnums=0),
         jit(partial(eval_step, model=model, loss_fn=loss_fn), in_shardings=(whole, split)),
         jit(partial(predict_step, model=model), in_shardings=(whole, whole)),
     )
@@ -135,7 +226,7 @@ def evaluate(
     """
     results = [evaluate_step(state, batch) for batch in loader.evaluation()]
     losses, batches = zip(*jax.device_get(results), strict=True)  # the one transfer
-    count = len(loader.split.names)
+    count = len(loader.rows)
     sums = PictureSums(*(np.concatenate(parts)[:count] for parts in zip(*batches, strict=True)))
     return {"test_loss": float(np.mean(losses)), **scores(sums, class_names)}, sums
 
@@ -170,18 +261,21 @@ def fit(
     steps: Steps,
     state: TrainState,
     train: Loader,
-    test: Loader,
+    held_out: Loader,
     losses: Sequence[float] = (),
 ) -> Iterator[StepResult | EpochResult]:
     """Trains from `state` to the config's last epoch; a state in the middle of an epoch goes on from there.
 
-    Yields a StepResult after each step and an EpochResult after each epoch. `losses` are those of the steps that the
-    state has behind it in its epoch. A yielded state is good until the next step takes its memory.
+    `held_out` is what each epoch evaluates: the test split, or where there is a validation fraction that part, whose
+    metrics are recorded as validation_loss, validation_mean_iou and so on. Yields a StepResult after each step and an
+    EpochResult after each epoch. `losses` are those of the steps that the state has behind it in its epoch. A yielded
+    state is good until the next step takes its memory.
 
     Raises:
       NonFiniteLossError: noticed at the latest when the epoch ends, before its EpochResult.
     """
     done, first = divmod(int(state.step), len(train))
+    rate = make_schedule(config.train, len(train))
     for epoch in range(done + 1, config.train.epochs + 1):
         start = time.perf_counter()
         known, pending = list(losses), None
@@ -192,10 +286,17 @@ def fit(
             pending = loss
             yield StepResult(epoch, i, state, loss, known)
         known.append(_finite(pending, epoch, len(train)))
+        if state.averaged is not None:
+            # Of an epoch that is never trained on, the same at each call; whole batches where there is one.
+            whole = max(1, len(train.rows) // train.batch_size)
+            for i, batch in enumerate(islice(train.train(config.train.seed, 0), min(whole, STATISTICS_BATCHES))):
+                state = steps.statistics(state, batch, i)
         seconds = time.perf_counter() - start
-        scores_, _ = evaluate(steps.evaluate, state, test, config.data.class_names)
+        scores_, _ = evaluate(steps.evaluate, state, held_out, config.data.class_names)
+        if config.data.validation_fraction:
+            scores_ = {f"validation_{name.removeprefix('test_')}": value for name, value in scores_.items()}
         counts = np.full(len(known), train.batch_size)
-        counts[-1] = len(train.split.names) - train.batch_size * (len(train) - 1)
+        counts[-1] = len(train.rows) - train.batch_size * (len(train) - 1)
         yield EpochResult(
             state,
             {
@@ -203,7 +304,7 @@ def fit(
                 "train_loss": float(np.average(known, weights=counts)),
                 "last_batch_loss": known[-1],
                 **scores_,
-                "learning_rate": config.train.learning_rate,
+                "learning_rate": float(rate(epoch * len(train) - 1)) if callable(rate) else rate,
                 "seconds": seconds,
                 "evaluation_seconds": time.perf_counter() - start - seconds,
                 "images_per_second": float(counts[first:].sum()) / seconds,

@@ -1,6 +1,6 @@
 """Batches on the device, in an order that depends on (seed, epoch) alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from jax import Array
 
 from unet_jax.data.cache import Split
 from unet_jax.device import Placement
+from unet_jax.errors import InputError
 
 
 class Batch(NamedTuple):
@@ -25,6 +26,24 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
+def validation_rows(names: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures to train on and those kept for validation: two sorted arrays of indices, the same on every machine.
+
+    Of each group of names that are alike before the last underscore (the breeds of the pets), as near to `fraction` as
+    whole pictures allow: every 1/fraction-th of all, with the groups in a row.
+
+    Raises:
+      InputError: the fraction comes to no picture.
+    """
+    rng = np.random.default_rng(seed)
+    groups = np.array([name.rpartition("_")[0] for name in names])
+    order = np.lexsort((rng.random(len(names)), groups))
+    kept = np.diff(np.floor(np.arange(len(names) + 1) * fraction + rng.random())) > 0
+    if fraction and not kept.any():
+        raise InputError(f"--validation-fraction {fraction} of {len(names)} pictures is none: give more of either")
+    return np.sort(order[~kept]), np.sort(order[kept])
+
+
 def _take(images: Array, labels: Array, indices: Array, weights: Array) -> Batch:
     return Batch(images[indices], labels[indices], weights)
 
@@ -36,35 +55,38 @@ class Loader:
     the batches before, since dispatch is asynchronous.
     """
 
-    def __init__(self, split: Split, batch_size: int, placement: Placement) -> None:
-        """Moves the split to the device if `placement.fits` says that it may."""
+    def __init__(self, split: Split, batch_size: int, placement: Placement, rows: np.ndarray | None = None) -> None:
+        """Of `rows` alone, if given. Moves the split to the device if `placement.fits` says that it may."""
         self.split, self.batch_size, self.placement = split, batch_size, placement
+        self.rows = np.arange(len(split.names)) if rows is None else rows
         self._resident = None
         if placement.fits(split.images.nbytes + split.labels.nbytes):
-            self._resident = jax.device_put((split.images, split.labels), placement.replicated)
+            arrays = (split.images, split.labels) if rows is None else (split.images[rows], split.labels[rows])
+            self._resident = jax.device_put(arrays, placement.replicated)
             self._take = jax.jit(_take, out_shardings=placement.batch)
 
     def __len__(self) -> int:
         """Batches in an epoch, a short last one included."""
-        return -(-len(self.split.names) // self.batch_size)
+        return -(-len(self.rows) // self.batch_size)
 
     def train(self, seed: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The epoch's shuffled batches but for the first `skip`; the last may be short."""
-        order = shuffled(len(self.split.names), seed, epoch)
+        order = shuffled(len(self.rows), seed, epoch)
         for start in range(skip * self.batch_size, len(order), self.batch_size):
             yield self._batch(order[start : start + self.batch_size])
 
     def evaluation(self) -> Iterator[Batch]:
         """All pictures in order, the last batch filled up with weightless copies of the first picture."""
         indices = np.arange(len(self) * self.batch_size)
-        indices[len(self.split.names) :] = -1
-        for rows in indices.reshape(len(self), self.batch_size):
-            yield self._batch(rows)
+        indices[len(self.rows) :] = -1
+        for places in indices.reshape(len(self), self.batch_size):
+            yield self._batch(places)
 
-    def _batch(self, rows: np.ndarray) -> Batch:
-        weights = (rows >= 0).astype(np.float32)
-        rows = np.maximum(rows, 0)
+    def _batch(self, places: np.ndarray) -> Batch:
+        weights = (places >= 0).astype(np.float32)
+        places = np.maximum(places, 0)
         if self._resident is not None:
-            return self._take(*self._resident, jnp.asarray(rows), jnp.asarray(weights))
+            return self._take(*self._resident, jnp.asarray(places), jnp.asarray(weights))
+        rows = self.rows[places]
         batch = Batch(self.split.images[rows], self.split.labels[rows], weights)
         return jax.device_put(batch, self.placement.batch)

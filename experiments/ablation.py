@@ -1,0 +1,71 @@
+"""What each piece of a recipe brings, on the validation part: a table of settings, each trained with several seeds.
+
+    python experiments/ablation.py --seeds 0 1 --out runs/ablation --dataset oxford_iiit_pet --image-size 64 --epochs 20
+
+Flags that are not its own go to run.py, for every setting alike. Started again it goes on where it was: finished runs
+are left alone. ablation.md has the last epoch's validation mean IoU and its difference to `base` with the same seed.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from unet_jax.errors import exit_on_input_error
+
+# name -> flags of run.py
+BASE = "--variant mp_tr_ce --loss cross_entropy+soft_dice --batch-size 32 --validation-fraction 0.2"
+PIECES = {
+    "residual": "--block residual",
+    "strong": "--augment strong",
+    "cosine": "--schedule cosine --warmup-epochs 1",
+    "ema": "--ema 0.998",
+    "decay": "--weight-decay 0.01 --clip-norm 1",
+}
+SETTINGS = {
+    "base": "",
+    "+norm_relu": "--block norm_relu",
+    "+basic": "--augment basic",
+    **{f"+{name}": flags for name, flags in PIECES.items()},
+    "all": " ".join(PIECES.values()),
+    **{f"all-{out}": " ".join(flags for name, flags in PIECES.items() if name != out) for out in PIECES},
+}
+
+
+def table(scores: dict[str, dict[int, float]]) -> str:
+    """Markdown, a row a setting: mean over the seeds (lowest to highest), of the score and of its gain on the base."""
+    lines = ["| setting | seeds | validation mean IoU | difference to base |", "|---|---|---|---|"]
+    for name, by_seed in scores.items():
+        gains = [score - scores["base"][seed] for seed, score in by_seed.items() if seed in scores["base"]]
+        cells = [
+            f"{statistics.mean(v):{f}} ({min(v):{f}} to {max(v):{f}})"
+            for v, f in ((list(by_seed.values()), ".4f"), (gains, "+.4f"))
+        ]
+        lines.append(f"| {name} | {len(by_seed)} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="base is always among them")
+    own, others = parser.parse_known_args()
+    scores: dict[str, dict[int, float]] = {}
+    for seed in own.seeds:
+        for name in dict.fromkeys(["base", *own.only]):
+            folder = own.out / f"{name}-{seed}"
+            flags = [*BASE.split(), *SETTINGS[name].split(), "--seed", str(seed), "--workdir", str(folder), *others]
+            if status := subprocess.run([sys.executable, Path(__file__).with_name("run.py"), *flags]).returncode:
+                sys.exit(status)
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+            scores.setdefault(name, {})[seed] = last["validation_mean_iou"]
+            (own.out / "ablation.md").write_text(table(scores))
+    print(table(scores))
+
+
+if __name__ == "__main__":
+    with exit_on_input_error("interrupted; the same command goes on from there"):
+        main()

@@ -1,0 +1,89 @@
+"""The report of runs by any framework, and the ablation's settings and table."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+import ablation
+import report
+import run
+
+from unet_jax.config import default_config, to_dict
+from unet_jax.errors import InputError
+
+
+def make_run(folder: Path, seed: int, losses: list[float], framework: str | None = None, **train) -> Path:
+    config = default_config("mp_tr_ce", "oxford_iiit_pet")
+    config = replace(config, train=replace(config.train, seed=seed, **train))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    environment = {"device": "a card", **({"framework": framework} if framework else {})}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    lines = [
+        {
+            "epoch": i, "train_loss": loss, "test_loss": loss, "mean_iou": 0.5 + seed / 10, "pixel_accuracy": 0.75,
+            "iou": {"pet": 0.25, "background": 0.5, "border": None}, "seconds": 10.0 * i, "images_per_second": 100.0,
+        }
+        for i, loss in enumerate(losses, 1)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_seeds_make_one_row_and_frameworks_two(tmp_path):
+    folders = [make_run(tmp_path / f"ours{seed}", seed, [0.9, 0.4 + seed / 10, 0.5 + seed / 10]) for seed in (0, 2)]
+    folders.append(make_run(tmp_path / "theirs", 0, [0.9, 0.7, 0.6], "pytorch"))
+    folders.append(make_run(tmp_path / "other", 0, [0.8], weight_decay=0.5))
+    report.write_comparison(folders, tmp_path / "out", "report")
+    assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
+    head, _, *rows = (tmp_path / "out" / "report.md").read_text().split("\n\n")[0].splitlines()
+    ours, theirs, other = (dict(zip(*(line.strip("| ").split(" | ") for line in (head, r)), strict=True)) for r in rows)
+    assert ours == {
+        "variant": "mp_tr_ce", "data": "oxford_iiit_pet", "size": "240", "pictures": "all", "epochs": "3",
+        "other settings": "-", "framework": "jax", "seeds": "0 2", "published best loss": "0.5283",
+        "test loss": "0.6000 (0.5000 to 0.7000)", "best test loss": "0.5000 (0.4000 to 0.6000)",
+        "mean IoU": "0.6000 (0.5000 to 0.7000)", "IoU by class": "pet 0.250, background 0.500",
+        "pixel accuracy": "0.7500 (0.7500 to 0.7500)", "s / epoch": "20.0 (20.0 to 20.0)",
+        "images/s": "100 (100 to 100)", "device": "a card",
+    }  # fmt: skip
+    assert (theirs["framework"], theirs["seeds"], theirs["test loss"]) == ("pytorch", "0", "0.6000")
+    assert (other["epochs"], other["other settings"]) == ("1", "weight_decay 0.5")
+
+
+def test_a_run_with_validation_counts_by_its_summary(tmp_path):
+    folder = make_run(tmp_path / "run", 0, [0.5])
+    record = json.loads((folder / "metrics.jsonl").read_text())
+    names = {"epoch", "train_loss", "seconds", "images_per_second"}
+    held_out = {k if k in names else f"validation_{k.removeprefix('test_')}": v for k, v in record.items()}
+    (folder / "metrics.jsonl").write_text(json.dumps(held_out))
+    with pytest.raises(InputError, match="cannot be read as a finished run"):
+        report.read_run(folder)
+    (folder / "summary.json").write_text(json.dumps({"test": {**record, "test_loss": 0.25}}))
+    report.write_comparison([folder], name="report")
+    row = (tmp_path / "report.md").read_text().splitlines()[2]
+    assert "| 0.2500 | - | 0.5000 |" in row  # no best test loss: it was looked at once
+
+
+def test_ablation_settings_are_flags_of_run_py():
+    configs = {
+        name: run.parse([*ablation.BASE.split(), *flags.split(), "--dataset", "synthetic"])[0].config
+        for name, flags in ablation.SETTINGS.items()
+    }
+    assert all(config.data.validation_fraction == 0.2 for config in configs.values())
+    assert len(set(configs.values())) == len(ablation.SETTINGS)
+    everything = configs["all"]
+    assert (everything.model.block, everything.train.augment, everything.train.ema) == ("residual", "strong", 0.998)
+    assert configs["all-strong"] == replace(everything, train=replace(everything.train, augment="none"))
+
+
+def test_ablation_table_pairs_seeds():
+    text = ablation.table({"base": {0: 0.5, 1: 0.6}, "+ema": {0: 0.55, 1: 0.62}})
+    assert text.splitlines()[2:] == [
+        "| base | 2 | 0.5500 (0.5000 to 0.6000) | +0.0000 (+0.0000 to +0.0000) |",
+        "| +ema | 2 | 0.5850 (0.5500 to 0.6200) | +0.0350 (+0.0200 to +0.0500) |",
+    ]
