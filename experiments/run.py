@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +14,8 @@ import tyro
 
 from unet_jax.config import VARIANTS, DatasetName, RunConfig, check_config, default_config, differences, to_dict
 from unet_jax.errors import InputError, exit_on_input_error
+
+INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
 
 # JAX and what builds on it are imported where work begins, so that --help and a mistyped flag answer at once.
 if TYPE_CHECKING:
@@ -38,6 +42,14 @@ class Options:
     """Keep compiled programs in ~/.cache/unet_jax/xla, so that a later start compiles nothing."""
     deterministic: bool = False
     """Have a GPU add in a fixed order: repeated and resumed runs are bit-equal, steps take longer."""
+    distributed: bool = False
+    """Be one of many processes that make the run together; Slurm, Open MPI and Kubernetes tell all the rest."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, the same for all, where nothing tells it; the port is a free one of your choice."""
+    processes: int | None = None
+    """How many processes there are, where nothing tells it."""
+    process_id: int | None = None
+    """Which of them this is, from 0, where nothing tells it."""
 
 
 def parse(argv: Sequence[str]) -> list[Options]:
@@ -68,6 +80,8 @@ def parse(argv: Sequence[str]) -> list[Options]:
         data = dataclasses.replace(options.config.data, dataset=dataset)
         config = dataclasses.replace(options.config, variant=name, data=data)
         check_config(config)
+        if not options.distributed and (options.coordinator or options.processes or options.process_id):
+            raise InputError("--coordinator, --processes and --process-id go with --distributed")
         from unet_jax.data.datasets import complete
 
         config = complete(config)
@@ -180,17 +194,25 @@ def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored
 def train_epochs(
     config: RunConfig, folder: Path, steps: "Steps", train: Any, test: Any, start: "Restored"
 ) -> "tuple[TrainState, list[dict[str, Any]]]":
-    """Trains to the last epoch; each ends with its line, its record in metrics.jsonl, and a checkpoint."""
+    """Trains to the last epoch; each ends with its line, its record in metrics.jsonl, and a checkpoint.
+
+    After SIGTERM it saves at the next step (past an epoch's last, when that is evaluated) and exits with status 143.
+    """
+    import jax
     from tqdm import tqdm
 
-    from unet_jax import checkpoint, runs
+    from unet_jax import checkpoint, processes, runs
     from unet_jax.train import NonFiniteLossError, StepResult, fit
 
     state, records = start.state, list(start.progress.records)
     clock = Clock(config.train.epochs, len(train), len(test), int(state.step))
     bar: Any = None
+    stop = False
     try:
-        with checkpoint.manager(folder / "checkpoints", int(state.step)) as checkpoints:
+        with (
+            checkpoint.manager(folder / "checkpoints", int(state.step)) as checkpoints,
+            processes.noticing_sigterm() as noticed,
+        ):
             for result in fit(config, steps, state, train, test, start.progress.losses):
                 state = result.state
                 if isinstance(result, StepResult):
@@ -200,11 +222,18 @@ def train_epochs(
                             initial=result.step_of_epoch - 1,
                             unit="step",
                             desc=f"epoch {result.epoch}",
+                            file=sys.stdout if jax.process_index() else None,  # which is nowhere
                         )
                     bar.set_postfix_str(f"loss {result.losses[-1]:.4f}" if result.losses else "", refresh=False)
                     bar.update()
                     if line := clock.tick():
                         bar.write(line)
+                    step = (result.epoch - 1) * len(train) + result.step_of_epoch
+                    # orbax has JAX's processes agree on a step; of a process alone it knows nothing.
+                    stop = stop or noticed.is_set() or checkpoints.reached_preemption(step)
+                    if stop and result.step_of_epoch < len(train) and math.isfinite(loss := float(result.loss)):
+                        checkpoint.save(checkpoints, state, checkpoint.Progress(records, [*result.losses, loss]))
+                        break
                     continue
                 record = result.record
                 bar.set_postfix_str(f"loss {record['last_batch_loss']:.4f}")
@@ -217,9 +246,18 @@ def train_epochs(
                 records.append(record)
                 runs.write_records(folder, records)
                 checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
+                if stop:
+                    break
     except NonFiniteLossError as error:
         last = f"epoch {len(records)} is the last good checkpoint" if records else "there is no checkpoint before it"
         raise InputError(f"{error}; {last}, in {folder}: try a smaller --learning-rate") from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise train.placement.out_of_memory(train.batch_size) from None
+    if stop:
+        print(f"stopped by SIGTERM: step {int(state.step)} is saved, the same command goes on from there")
+        sys.exit(processes.SIGTERM_STATUS)
     return state, records
 
 
@@ -261,6 +299,8 @@ def finish(
     title = f"{config.variant} on {data.dataset} ({data.image_size}x{data.image_size}, {len(records)} epochs)"
     images, labels = np.asarray(test.images[:10]), np.asarray(test.labels[:10])
     predictions = np.asarray(steps.predict(state, images))
+    if jax.process_index() > 0:
+        return
     plots.metrics_figure(records, title).savefig(folder / "metrics.png")
     plots.results_figure(images, labels, predictions, names, title).savefig(folder / "results.png")
     summary = {
@@ -280,20 +320,37 @@ def finish(
 
 def main() -> None:
     runs_asked_for = parse(sys.argv[1:])
-    from unet_jax import device
+    from unet_jax import device, processes
     from unet_jax.data.cache import default_cache_dir
 
-    if runs_asked_for[0].compilation_cache:
+    first = runs_asked_for[0]
+    if first.compilation_cache:
         device.set_up_compilation_cache(default_cache_dir() / "xla")
+    if first.distributed:
+        processes.join(first.coordinator, first.processes, first.process_id)
+        with processes.leaving_at_once(), exit_on_input_error(INTERRUPTED):
+            train_runs(runs_asked_for)
+    else:
+        train_runs(runs_asked_for)
+
+
+def train_runs(runs_asked_for: list[Options]) -> None:
+    """Makes the runs one after the other, and compares them. Of many processes, the first alone prints."""
+    import jax
+
+    from unet_jax import device
+
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     print(device.describe())
     for options in runs_asked_for:
         train_run(options, device.placement())
-    if len(runs_asked_for) > 1:
+    if len(runs_asked_for) > 1 and jax.process_index() == 0:
         from report import write_comparison
 
         write_comparison([Path(options.workdir or ".") for options in runs_asked_for])
 
 
 if __name__ == "__main__":
-    with exit_on_input_error("interrupted; the same command goes on from the last checkpoint"):
+    with exit_on_input_error(INTERRUPTED):
         main()

@@ -1,5 +1,7 @@
 """Checkpoints of a run: the train state, and beside it in JSON how far it had come. The only place that knows orbax."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,8 @@ from jax.sharding import NamedSharding
 from unet_jax.errors import InputError
 from unet_jax.train import TrainState
 
-logging.set_verbosity(logging.ERROR)  # orbax tells every step of a save at a louder level
+logging.set_verbosity(logging.FATAL)  # orbax tells every step of a save, and what fails before raising it
+DISK = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
 
 
 class Progress(NamedTuple):
@@ -36,7 +39,10 @@ def manager(folder: Path, step: int) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a run that goes on from `step`; later ones, which were skipped as damaged, are removed.
 
     The last two are kept, so that a damaged newest has an elder. Writes happen behind the training where a device has
-    memory of its own. Closing waits for them.
+    memory of its own. Closing waits for them. All processes of a run save together, each its part, in one folder.
+
+    Raises:
+      InputError: a write behind the training found the disk full, or not to be written.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2,
@@ -44,16 +50,37 @@ def manager(folder: Path, step: int) -> Iterator[ocp.CheckpointManager]:
         # On the CPU a donated state's memory would be overwritten while it is being saved.
         enable_async_checkpointing=jax.default_backend() != "cpu",
     )
-    with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
+    checkpoints = ocp.CheckpointManager(folder.absolute(), options=options)
+    try:
         for later in [s for s in checkpoints.all_steps() if s > step]:
             checkpoints.delete(later)
         yield checkpoints
+    finally:
+        with _disk_errors(checkpoints):
+            checkpoints.close()
+
+
+@contextmanager
+def _disk_errors(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+    """Tells what the disk refuses as an InputError; it comes through orbax in as many types as there are layers."""
+    try:
+        yield
+    except Exception as error:
+        if reason := next((reason for reason in DISK if reason in str(error)), None):
+            message = f"a checkpoint in {checkpoints.directory} cannot be written ({reason}), those before it are whole"
+            raise InputError(f"{message}: free some room, and the same command goes on") from None
+        raise
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
-    """Saves under the state's step. A save that fails leaves the ones before it."""
+    """Saves under the state's step.
+
+    Raises:
+      InputError: the disk is full, or not to be written. The checkpoints before are left as they are.
+    """
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress._asdict()))
-    checkpoints.save(int(state.step), args=items)
+    with _disk_errors(checkpoints):
+        checkpoints.save(int(state.step), args=items)
 
 
 def exists(folder: Path) -> bool:

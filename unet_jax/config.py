@@ -75,6 +75,8 @@ class ModelConfig:
     """Dropout in the two deepest encoder blocks."""
     precision: Precision = "auto"
     """What the layers compute in; auto is bfloat16 on GPU and TPU and float32 on the CPU."""
+    remat: bool = False
+    """Compute each block's inner activations again for the gradient instead of keeping them: less memory, more time."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
 
 
-# Two runs that differ in these alone are the same run: folders, and how long to go on.
-NOT_COMPARED = {"data.data_dir", "train.epochs"}
+# Two runs that differ in these alone are the same run: folders, how long to go on, and memory for time.
+NOT_COMPARED = {"data.data_dir", "train.epochs", "model.remat"}
 
 
 def default_config(variant: str, dataset: DatasetName) -> RunConfig:

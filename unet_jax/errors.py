@@ -21,7 +21,7 @@ def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
     except InputError as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         message = f"{error.strerror}: {error.filename or 'writing a file'}; free some room or choose another folder"
     except KeyboardInterrupt:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from unet_jax.checkpoint import Restored, restore
 from unet_jax.config import RunConfig, from_dict
@@ -26,7 +28,9 @@ PACKAGES = ("unet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "t
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: a kill or a full disk leaves the one before."""
+    """Writes a file whole or not at all: a kill or a full disk leaves the one before. Of many processes, the first."""
+    if jax.process_index() > 0:
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w") as file:
@@ -112,28 +116,32 @@ def is_finished(folder: Path, epochs: int) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Removes a run's own files from its folder, and nothing else."""
-    (folder / "config.json").unlink(missing_ok=True)  # first: without it what is left is no run
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+    """Removes a run's own files from its folder, and nothing else. Of many processes, the first; the others wait."""
+    if jax.process_index() == 0:
+        (folder / "config.json").unlink(missing_ok=True)  # first: without it what is left is no run
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+    multihost_utils.sync_global_devices("run folder cleared")
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps it for this process alone.
+    """Makes the folder and keeps it for this run alone. Of many processes, the first does so for all.
 
     Raises:
-      InputError: another process trains there, or it cannot be written.
+      InputError: another process trains there, or it cannot be written (in all processes).
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --workdir") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process trains in {folder}: wait for it, or choose another --workdir") from None
+    with contextlib.ExitStack() as files:
+        refusal = ""
+        if jax.process_index() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                fcntl.flock(files.enter_context((folder / ".lock").open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refusal = f"another process trains in {folder}: wait for it, or choose another --workdir"
+            except OSError as error:
+                refusal = f"{folder} cannot be written ({error.strerror}): choose another --workdir"
+        if multihost_utils.broadcast_one_to_all(np.array(bool(refusal))):
+            raise InputError(refusal or f"the first process cannot have {folder}")
         yield
