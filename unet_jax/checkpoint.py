@@ -1,22 +1,37 @@
 """Checkpoints of a run: the train state, and beside it in JSON how far it had come. The only place that knows orbax."""
 
 import errno
+import functools
+import logging
 import os
+import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import absl.logging
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from jax.sharding import NamedSharding
 
 from unet_jax.errors import InputError
 from unet_jax.train import TrainState
 
-logging.set_verbosity(logging.FATAL)  # orbax tells every step of a save, and what fails before raising it
+absl.logging.set_verbosity(absl.logging.FATAL)  # orbax tells every step of a save, and what fails before raising it
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # where one read has failed, it tells of the others, abandoned
 DISK = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
+
+
+def _report(unraisable: "sys.UnraisableHookArgs") -> None:
+    # The same of writes: they end when orbax has gone.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+sys.unraisablehook = _report
 
 
 class Progress(NamedTuple):
@@ -78,7 +93,8 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, progress: Progre
     Raises:
       InputError: the disk is full, or not to be written. The checkpoints before are left as they are.
     """
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress._asdict()))
+    notes = {**progress._asdict(), "checksum": _checksum(state)}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(notes))
     with _disk_errors(checkpoints):
         checkpoints.save(int(state.step), args=items)
 
@@ -106,11 +122,18 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
                 state = TrainState(*restored["state"])
                 if jax.tree.map(_kind, state) != jax.tree.map(_kind, abstract):
                     raise ValueError("its arrays are not those of the config")
+                if restored["progress"].pop("checksum", None) not in (None, _checksum(state)):
+                    raise ValueError("its values have changed since it was written")
                 return Restored(state, Progress(**restored["progress"]), skipped)
             except Exception as error:  # a damaged file fails in as many ways as there are layers below
                 reason = str(error).strip().split("\n")[0][:150]
                 skipped.append(f"checkpoint {step} in {folder} cannot be used ({reason})")
     raise InputError(f"{skipped[0]}: it is damaged, or was made with another config")
+
+
+def _checksum(state: TrainState) -> int:
+    # Of arrays, orbax does not notice a bit that has flipped on the disk.
+    return functools.reduce(lambda value, x: zlib.crc32(np.asarray(x).data, value), jax.tree.leaves(state), 0)
 
 
 def _kind(array: Any) -> tuple[Any, Any]:
