@@ -98,7 +98,7 @@ def parse(argv: Sequence[str]) -> list[Options]:
 
 def train_run(options: Options, placement: "Placement") -> None:
     """Makes one run, or what is left of it: from the checks before the first file to the figures after the last."""
-    from unet_jax import runs
+    from unet_jax import processes, runs
     from unet_jax.data.batches import Loader
     from unet_jax.train import make_steps
 
@@ -110,6 +110,8 @@ def train_run(options: Options, placement: "Placement") -> None:
         return
     splits = load_splits(config, options.cache_dir)
     batch_size = config.train.batch_size
+    names = [split.names for split in splits.values()]
+    processes.check_agreement((config.model, config.train.loss, batch_size, config.train.seed, folder.name, names))
     placement.check_batch(batch_size, len(splits["train"].names))
     train, test = (Loader(splits[name], batch_size, placement) for name in ("train", "test"))
     initial = start_from(config, placement)
@@ -232,6 +234,7 @@ def train_epochs(
                     # orbax has JAX's processes agree on a step; of a process alone it knows nothing.
                     stop = stop or noticed.is_set() or checkpoints.reached_preemption(step)
                     if stop and result.step_of_epoch < len(train) and math.isfinite(loss := float(result.loss)):
+                        bar.close()
                         checkpoint.save(checkpoints, state, checkpoint.Progress(records, [*result.losses, loss]))
                         break
                     continue

@@ -101,12 +101,17 @@ def child(options: Options, devices: int, processes_: int, index: int, port: int
     return Seen(losses, rows)
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def run_setup(options: Options, setup: str) -> list[Seen]:
     """What each process of the setup saw."""
     count, devices = map(int, setup.split("x"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(child, options, devices, count, i, port) for i in range(count)]
         return [future.result(timeout=600) for future in futures]

@@ -48,11 +48,16 @@ class Ended:
     output: str
 
 
-def start(home: Path, folder: Path, epochs: int, limit: int | None = None) -> subprocess.Popen:
-    """Starts the command of a run, which can write at most `limit` bytes a file."""
+def start(
+    home: Path, folder: Path, epochs: int, *flags: object, limit: int | None = None, devices: int = 1
+) -> subprocess.Popen:
+    """Starts the command of a run on simulated devices; it can write at most `limit` bytes a file."""
     script = [sys.executable, str(ROOT / "experiments" / "run.py"), *FLAGS, "--epochs", str(epochs)]
     env = dict(os.environ, PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(home / "cache"), TQDM_DISABLE="1")
-    script += ["--workdir", str(folder)]
+    script += ["--workdir", str(folder), *map(str, flags)]
+    # Unbuffered: what it prints tells when to kill it.
+    env["PYTHONUNBUFFERED"] = "1"
+    env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     pipe = subprocess.PIPE
     process = subprocess.Popen(script, env=env, cwd=home, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     if limit:
@@ -78,22 +83,25 @@ def result(folder: Path) -> tuple[str, list[dict]]:
     return bits, [{k: v for k, v in record.items() if k not in TIMING} for record in records]
 
 
+def wait_for(sign: str, process: subprocess.Popen) -> str:
+    """What the process prints up to the line that has the sign."""
+    lines: list[str] = []
+    assert process.stdout is not None
+    while sign not in (lines or [""])[-1] and (line := process.stdout.readline()):
+        lines.append(line)
+    return "".join(lines)
+
+
 def interrupted(
     home: Path, folder: Path, epochs: int, number: signal.Signals, rng: random.Random, from_start: bool = True
 ) -> Ended:
     """Starts or resumes the run and sends it the signal at a random moment, of its start or of its training."""
     process = start(home, folder, epochs)
-    assert process.stdout is not None
-    lines = []
-    sign = rng.choice(["device: ", "files in", "Test set"]) if from_start else "Test set"
-    for line in process.stdout:
-        lines.append(line)
-        if sign in line:
-            break
-    time.sleep(rng.uniform(0, 1.5))
+    output = wait_for(rng.choice(["device: ", "files in", "Test set"]) if from_start else "Test set", process)
+    time.sleep(rng.uniform(0, 1))
     process.send_signal(number)
     ended = finish(process)
-    return Ended(ended.status, "".join(lines) + ended.output)
+    return Ended(ended.status, output + ended.output)
 
 
 def newest(folder: Path) -> Path:
@@ -193,18 +201,17 @@ def try_faults(options: Options) -> tuple[Counter, Counter]:
 
         signals = {"kill -9": (signal.SIGKILL, options.kills), "SIGTERM": (signal.SIGTERM, options.terms)}
         for fault, (number, times) in signals.items():
-            hits = 0
-            for _ in range(times):
-                ended = interrupted(home, run, options.epochs, number, rng, from_start=fault == "kill -9")
-                hits += 1
-                if ended.status == 0 or (fault == "SIGTERM" and ended.status != 143):
+            left, hits = times, 0
+            while left or hits:
+                if left:
+                    ended = interrupted(home, run, options.epochs, number, rng, from_start=fault == "kill -9")
                     if ended.status:
-                        note("SIGTERM exits with 143", False, ended)
-                    # It was at its end already: count, and begin a new one.
+                        left, hits = left - 1, hits + 1
+                        if fault == "SIGTERM":
+                            note("SIGTERM: status 143", ended.status == 143, ended)
+                if not left or not ended.status:  # no more faults, or it was at its end before one came
                     survives(fault, run, times=hits)
                     hits = 0
-            if hits:
-                survives(fault, run, times=hits)
 
         while not snapshot.exists() or "is saved" not in ended.output:
             shutil.rmtree(snapshot, ignore_errors=True)

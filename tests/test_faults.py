@@ -1,4 +1,4 @@
-"""Faults: three kills, a SIGTERM and a disk that takes no more, each survived to the bit (check_faults.py has them all)."""
+"""Kills, a SIGTERM and a disk that takes no more, each survived to the bit (check_faults.py has many more)."""
 
 import check_faults
 import jax

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +25,10 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # where one read has fa
 DISK = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
 
 
-def _report(unraisable: "sys.UnraisableHookArgs") -> None:
-    # The same of writes: they end when orbax has gone.
+def _report(unraisable: "sys.UnraisableHookArgs", before: Callable[..., object] = sys.unraisablehook) -> None:
+    # Writes abandoned likewise end when orbax has gone.
     if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+        before(unraisable)
 
 
 sys.unraisablehook = _report
@@ -133,7 +133,7 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
 
 def _checksum(state: TrainState) -> int:
     # Of arrays, orbax does not notice a bit that has flipped on the disk.
-    return functools.reduce(lambda value, x: zlib.crc32(np.asarray(x).data, value), jax.tree.leaves(state), 0)
+    return functools.reduce(lambda value, x: zlib.crc32(np.asarray(x).tobytes(), value), jax.tree.leaves(state), 0)
 
 
 def _kind(array: Any) -> tuple[Any, Any]:

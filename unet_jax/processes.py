@@ -7,9 +7,12 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from unet_jax.errors import InputError
 
@@ -29,6 +32,13 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None)
     except (ValueError, RuntimeError) as error:
         flags = "--coordinator HOST:PORT, --processes N and --process-id I"
         raise InputError(f"--distributed: {str(error).splitlines()[0]} Give {flags}.") from None
+
+
+def check_agreement(what: object) -> None:
+    """Raises InputError, in all processes, unless all give what looks the same (its repr)."""
+    mine = np.array(zlib.crc32(repr(what).encode()), np.uint32)
+    if (multihost_utils.process_allgather(mine) != mine).any():
+        raise InputError("the processes differ in their flags or in the pictures they find: give all of them the same")
 
 
 @contextlib.contextmanager
