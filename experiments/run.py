@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import dataclasses
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +15,8 @@ import tyro
 
 from unet_jax.config import PUBLISHED, DatasetName, RunConfig, check_config, default_config, differences, to_dict
 from unet_jax.errors import InputError, exit_on_input_error
+
+INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
 
 # JAX and what builds on it are imported where work begins, so that --help and a mistyped flag answer at once.
 if TYPE_CHECKING:
@@ -40,6 +44,14 @@ class Options:
     """Keep compiled programs in ~/.cache/unet_jax/xla, so that a later start compiles nothing."""
     deterministic: bool = False
     """Have a GPU add in a fixed order: repeated and resumed runs are bit-equal, steps take longer."""
+    distributed: bool = False
+    """Be one of many processes that make the run together; Slurm, Open MPI and Kubernetes tell all the rest."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, the same for all, where nothing tells it; the port is a free one of your choice."""
+    processes: int | None = None
+    """How many processes there are, where nothing tells it."""
+    process_id: int | None = None
+    """Which of them this is, from 0, where nothing tells it."""
 
 
 def parse(argv: Sequence[str]) -> list[Options]:
@@ -70,6 +82,8 @@ def parse(argv: Sequence[str]) -> list[Options]:
         data = dataclasses.replace(options.config.data, dataset=dataset)
         config = dataclasses.replace(options.config, variant=name, data=data)
         check_config(config)
+        if not options.distributed and (options.coordinator or options.processes or options.process_id):
+            raise InputError("--coordinator, --processes and --process-id go with --distributed")
         from unet_jax.data.datasets import complete
 
         config = complete(config)
@@ -86,7 +100,7 @@ def parse(argv: Sequence[str]) -> list[Options]:
 
 def train_run(options: Options, placement: "Placement") -> None:
     """Makes one run, or what is left of it: from the checks before the first file to the figures after the last."""
-    from unet_jax import runs
+    from unet_jax import processes, runs
     from unet_jax.data.batches import Loader, validation_rows
     from unet_jax.train import make_steps
 
@@ -98,6 +112,8 @@ def train_run(options: Options, placement: "Placement") -> None:
         return
     splits = load_splits(config, options.cache_dir)
     batch_size = config.train.batch_size
+    names = [split.names for split in splits.values()]
+    processes.check_agreement((config.model, config.train, config.data.validation_fraction, folder.name, names))
     training, validation = validation_rows(splits["train"].names, config.data.validation_fraction, config.train.seed)
     placement.check_batch(batch_size, len(training))
     train, test = (
@@ -188,58 +204,108 @@ def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored
 def train_epochs(
     config: RunConfig, folder: Path, steps: "Steps", train: "Loader", held_out: "Loader", start: "Restored"
 ) -> "tuple[TrainState, list[dict[str, Any]]]":
-    """Trains to the last epoch; each ends with its line, its record in metrics.jsonl, and a checkpoint.
+    """Trains to the last epoch, by `save_epochs`, and tells what can go wrong on the way as InputErrors."""
+    import jax
 
-    The best epoch by the validation part's mean IoU, if there is such a part, has a second one in the folder `best`.
-    """
-    from tqdm import tqdm
+    from unet_jax import processes
+    from unet_jax.train import NonFiniteLossError
 
-    from unet_jax import checkpoint, runs
-    from unet_jax.train import NonFiniteLossError, StepResult, fit
-
-    state, records = start.state, list(start.progress.records)
-    clock = Clock(config.train.epochs, len(train), len(held_out), int(state.step))
-    part, prefix = ("Validation part", "validation_") if config.data.validation_fraction else ("Test set", "")
-    loss = f"{prefix or 'test_'}loss"
-    bar: Any = None
+    records = list(start.progress.records)
     try:
-        with contextlib.ExitStack() as stack:
-            checkpoints = stack.enter_context(checkpoint.manager(folder / "checkpoints", int(state.step)))
-            if prefix:
-                best = stack.enter_context(checkpoint.manager(folder / "best", int(state.step), keep=1))
-            for result in fit(config, steps, state, train, held_out, start.progress.losses):
-                state = result.state
-                if isinstance(result, StepResult):
-                    if bar is None:
-                        bar = tqdm(
-                            total=len(train),
-                            initial=result.step_of_epoch - 1,
-                            unit="step",
-                            desc=f"epoch {result.epoch}",
-                        )
-                    bar.set_postfix_str(f"loss {result.losses[-1]:.4f}" if result.losses else "", refresh=False)
-                    bar.update()
-                    if line := clock.tick():
-                        bar.write(line)
-                    continue
-                record = result.record
-                bar.set_postfix_str(f"loss {record['last_batch_loss']:.4f}")
-                bar.close()
-                bar = None
-                print(
-                    f"{part}: average loss {record[loss]:.4f},"
-                    f" mean IoU {record[f'{prefix}mean_iou']:.4f},"
-                    f" pixel accuracy {record[f'{prefix}pixel_accuracy']:.4f}"
-                )
-                records.append(record)
-                runs.write_records(folder, records)
-                checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
-                if prefix and record["validation_mean_iou"] >= max(r["validation_mean_iou"] for r in records):
-                    checkpoint.save(best, state, checkpoint.Progress(records, []))
+        state, stopped = save_epochs(config, folder, steps, train, held_out, start, records)
     except NonFiniteLossError as error:
         last = f"epoch {len(records)} is the last good checkpoint" if records else "there is no checkpoint before it"
         raise InputError(f"{error}; {last}, in {folder}: try a smaller --learning-rate") from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise train.placement.out_of_memory(train.batch_size) from None
+    if stopped:
+        print(f"stopped by SIGTERM: step {int(state.step)} is saved, the same command goes on from there")
+        sys.exit(processes.SIGTERM_STATUS)
     return state, records
+
+
+def save_epochs(
+    config: RunConfig,
+    folder: Path,
+    steps: "Steps",
+    train: "Loader",
+    held_out: "Loader",
+    start: "Restored",
+    records: list[dict[str, Any]],
+) -> "tuple[TrainState, bool]":
+    """Trains; each epoch ends with its line, its record (in `records` and metrics.jsonl), and a checkpoint.
+
+    The best epoch by the validation part's mean IoU, if there is such a part, has a second one in the folder `best`.
+    After SIGTERM it saves at the next step (past an epoch's last, when that is evaluated) and returns True.
+    """
+    from unet_jax import checkpoint, processes, runs
+    from unet_jax.train import StepResult, fit
+
+    state, stop = start.state, False
+    display = Display(Clock(config.train.epochs, len(train), len(held_out), int(state.step)), len(train))
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(checkpoint.manager(folder / "checkpoints", int(state.step)))
+        if config.data.validation_fraction:
+            best = stack.enter_context(checkpoint.manager(folder / "best", int(state.step), keep=1))
+        noticed = stack.enter_context(processes.noticing_sigterm())
+        for result in fit(config, steps, state, train, held_out, start.progress.losses):
+            state = result.state
+            if isinstance(result, StepResult):
+                display.step(result.epoch, result.step_of_epoch, result.losses)
+                step = (result.epoch - 1) * len(train) + result.step_of_epoch
+                # orbax has JAX's processes agree on a step; of a process alone it knows nothing.
+                stop = stop or noticed.is_set() or checkpoints.reached_preemption(step)
+                if stop and result.step_of_epoch < len(train) and math.isfinite(loss := float(result.loss)):
+                    display.close()
+                    checkpoint.save(checkpoints, state, checkpoint.Progress(records, [*result.losses, loss]))
+                    break
+                continue
+            display.epoch(result.record)
+            records.append(result.record)
+            runs.write_records(folder, records)
+            checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
+            validated = [r["validation_mean_iou"] for r in records if "validation_mean_iou" in r]
+            if validated and validated[-1] >= max(validated):
+                checkpoint.save(best, state, checkpoint.Progress(records, []))
+            if stop:
+                break
+    return state, stop
+
+
+class Display:
+    """A progress bar for each epoch in the published log's form, and the line after it."""
+
+    def __init__(self, clock: "Clock", steps: int) -> None:
+        """Takes the steps of an epoch."""
+        self.clock, self.steps = clock, steps
+        self.bar: Any = None
+
+    def step(self, epoch: int, step: int, losses: Sequence[float]) -> None:
+        import jax
+        from tqdm import tqdm
+
+        if self.bar is None:
+            file = sys.stdout if jax.process_index() else None  # which is nowhere
+            self.bar = tqdm(total=self.steps, initial=step - 1, unit="step", desc=f"epoch {epoch}", file=file)
+        self.bar.set_postfix_str(f"loss {losses[-1]:.4f}" if losses else "", refresh=False)
+        self.bar.update()
+        if line := self.clock.tick():
+            self.bar.write(line)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        part, prefix = ("Validation part", "validation_") if "validation_loss" in record else ("Test set", "")
+        self.bar.set_postfix_str(f"loss {record['last_batch_loss']:.4f}")
+        self.close()
+        print(
+            f"{part}: average loss {record[prefix + 'loss' if prefix else 'test_loss']:.4f},"
+            f" mean IoU {record[f'{prefix}mean_iou']:.4f}, pixel accuracy {record[f'{prefix}pixel_accuracy']:.4f}"
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+        self.bar = None
 
 
 class Clock:
@@ -286,6 +352,8 @@ def finish(
     title = f"{config.variant} on {data.dataset} ({data.image_size}x{data.image_size}, {len(records)} epochs)"
     images, labels = np.asarray(test.split.images[:10]), np.asarray(test.split.labels[:10])
     predictions = np.asarray(steps.predict(state, images))
+    if jax.process_index() > 0:
+        return
     plots.metrics_figure(records, title).savefig(folder / "metrics.png")
     plots.results_figure(images, labels, predictions, names, title).savefig(folder / "results.png")
     summary = {
@@ -307,20 +375,37 @@ def finish(
 
 def main() -> None:
     runs_asked_for = parse(sys.argv[1:])
-    from unet_jax import device
+    from unet_jax import device, processes
     from unet_jax.data.cache import default_cache_dir
 
-    if runs_asked_for[0].compilation_cache:
+    first = runs_asked_for[0]
+    if first.compilation_cache:
         device.set_up_compilation_cache(default_cache_dir() / "xla")
+    if first.distributed:
+        processes.join(first.coordinator, first.processes, first.process_id)
+        with processes.leaving_at_once(), exit_on_input_error(INTERRUPTED):
+            train_runs(runs_asked_for)
+    else:
+        train_runs(runs_asked_for)
+
+
+def train_runs(runs_asked_for: list[Options]) -> None:
+    """Makes the runs one after the other, and compares them. Of many processes, the first alone prints."""
+    import jax
+
+    from unet_jax import device
+
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     print(device.describe())
     for options in runs_asked_for:
         train_run(options, device.placement())
-    if len(runs_asked_for) > 1:
+    if len(runs_asked_for) > 1 and jax.process_index() == 0:
         from report import write_comparison
 
         write_comparison([Path(options.workdir or ".") for options in runs_asked_for])
 
 
 if __name__ == "__main__":
-    with exit_on_input_error("interrupted; the same command goes on from the last checkpoint"):
+    with exit_on_input_error(INTERRUPTED):
         main()

@@ -1,19 +1,37 @@
 """Checkpoints of a run: the train state, and beside it in JSON how far it had come. The only place that knows orbax."""
 
-from collections.abc import Iterator
+import errno
+import functools
+import logging
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import absl.logging
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from jax.sharding import NamedSharding
 
 from unet_jax.errors import InputError
 from unet_jax.train import TrainState
 
-logging.set_verbosity(logging.ERROR)  # orbax tells every step of a save at a louder level
+absl.logging.set_verbosity(absl.logging.FATAL)  # orbax tells every step of a save, and what fails before raising it
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # where one read has failed, it tells of the others, abandoned
+DISK = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
+
+
+def _report(unraisable: "sys.UnraisableHookArgs", before: Callable[..., object] = sys.unraisablehook) -> None:
+    # Writes abandoned likewise end when orbax has gone.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        before(unraisable)
+
+
+sys.unraisablehook = _report
 
 
 class Progress(NamedTuple):
@@ -36,7 +54,11 @@ def manager(folder: Path, step: int, keep: int = 2) -> Iterator[ocp.CheckpointMa
     """The checkpoints of a run that goes on from `step`; later ones, which were skipped as damaged, are removed.
 
     The last `keep` are kept: two, so that a damaged newest has an elder. Writes happen behind the training where a
-    device has memory of its own. Closing waits for them.
+    device has memory of its own. Closing waits for them. All processes of a run save together, each its part, in one
+    folder.
+
+    Raises:
+      InputError: a write behind the training found the disk full, or not to be written.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -44,18 +66,38 @@ def manager(folder: Path, step: int, keep: int = 2) -> Iterator[ocp.CheckpointMa
         # On the CPU a donated state's memory would be overwritten while it is being saved.
         enable_async_checkpointing=jax.default_backend() != "cpu",
     )
-    with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
+    checkpoints = ocp.CheckpointManager(folder.absolute(), options=options)
+    try:
         for later in [s for s in checkpoints.all_steps() if s > step]:
             checkpoints.delete(later)
         yield checkpoints
+    finally:
+        with _disk_errors(checkpoints):
+            checkpoints.close()
+
+
+@contextmanager
+def _disk_errors(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+    """Tells what the disk refuses as an InputError; it comes through orbax in as many types as there are layers."""
+    try:
+        yield
+    except Exception as error:
+        if reason := next((reason for reason in DISK if reason in str(error)), None):
+            message = f"a checkpoint in {checkpoints.directory} cannot be written ({reason}), those before it are whole"
+            raise InputError(f"{message}: free some room, and the same command goes on") from None
+        raise
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
-    """Saves under the state's step. A save that fails leaves the ones before it."""
-    items = ocp.args.Composite(
-        state=ocp.args.StandardSave(_fields(state)), progress=ocp.args.JsonSave(progress._asdict())
-    )
-    checkpoints.save(int(state.step), args=items)
+    """Saves under the state's step.
+
+    Raises:
+      InputError: the disk is full, or not to be written. The checkpoints before are left as they are.
+    """
+    notes = {**progress._asdict(), "checksum": _checksum(state)}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), progress=ocp.args.JsonSave(notes))
+    with _disk_errors(checkpoints):
+        checkpoints.save(int(state.step), args=items)
 
 
 def exists(folder: Path) -> bool:
@@ -81,6 +123,8 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
                 state = TrainState(**restored["state"])
                 if jax.tree.map(_kind, state) != jax.tree.map(_kind, abstract):
                     raise ValueError("its arrays are not those of the config")
+                if restored["progress"].pop("checksum", None) not in (None, _checksum(state)):
+                    raise ValueError("its values have changed since it was written")
                 return Restored(state, Progress(**restored["progress"]), skipped)
             except Exception as error:  # a damaged file fails in as many ways as there are layers below
                 reason = str(error).strip().split("\n")[0][:150]
@@ -91,6 +135,11 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
 def _fields(state: TrainState) -> dict[str, Any]:
     # Without those that a run does not use, so that files stay as they were before there were such.
     return {name: value for name, value in state._asdict().items() if value is not None}
+
+
+def _checksum(state: TrainState) -> int:
+    # Of arrays, orbax does not notice a bit that has flipped on the disk.
+    return functools.reduce(lambda value, x: zlib.crc32(np.asarray(x).tobytes(), value), jax.tree.leaves(state), 0)
 
 
 def _kind(array: Any) -> tuple[Any, Any]:

@@ -93,6 +93,8 @@ class ModelConfig:
     block: Block = "relu_norm"
     """What follows a block's convolutions: ReLU and batch norm, as published, or batch norm and ReLU; residual is the
     latter with the block's input added, through a 1x1 convolution, before the last ReLU."""
+    remat: bool = False
+    """Compute each block's inner activations again for the gradient instead of keeping them: less memory, more time."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
 
 
-# Two runs that differ in these alone are the same run: folders, and how long to go on.
-NOT_COMPARED = {"data.data_dir", "train.epochs"}
+# Two runs that differ in these alone are the same run: folders, how long to go on, and memory for time.
+NOT_COMPARED = {"data.data_dir", "train.epochs", "model.remat"}
 
 
 def default_config(variant: str, dataset: DatasetName) -> RunConfig:

@@ -23,20 +23,33 @@ class Placement(NamedTuple):
 
     def fits(self, nbytes: int) -> bool:
         """Whether data of this size may stay on an accelerator: a third of its memory, the rest is for training."""
-        device = self.replicated.mesh.devices.flat[0]
+        device = jax.local_devices()[0]
         # On the CPU the memory-mapped arrays are as near as a copy would be.
         stats = None if device.platform == "cpu" else device.memory_stats()
         return stats is not None and nbytes < stats["bytes_limit"] / 3
 
     def check_batch(self, batch_size: int, examples: int) -> None:
         """Raises InputError for a batch, or an epoch's last short one, that the devices do not divide."""
-        for what, size in (("batch", batch_size), ("epoch's last batch", examples % batch_size)):
+        advice = []
+        for flag, size in (("batch-size", batch_size), ("train-examples", examples)):
             if size % self.devices:
-                down = batch_size // self.devices * self.devices
-                raise InputError(
-                    f"{self.devices} devices do not divide the {what} of {size} pictures: choose --batch-size"
-                    f" {max(down, self.devices)} or {down + self.devices}, or other --train-examples"
-                )
+                down = size // self.devices * self.devices
+                # No picture can be added; and without such a number of pictures no batch size would do.
+                sizes = [down, down + self.devices] if flag == "batch-size" else [down]
+                advice.append(f"--{flag} " + " or ".join(str(s) for s in sizes if 0 < s <= examples))
+        if examples < self.devices:
+            raise InputError(f"{examples} training pictures are too few for {self.devices} devices: use fewer devices")
+        if advice:
+            raise InputError(
+                f"{self.devices} devices do not divide the batches of {batch_size} pictures, or the last one of"
+                f" {examples % batch_size or batch_size}: choose {' and '.join(advice)}"
+            )
+
+    def out_of_memory(self, batch_size: int) -> InputError:
+        """What to tell a user whose batch does not fit into the devices' memory."""
+        half = batch_size // 2 // self.devices * self.devices
+        smaller = f"--batch-size {half} (as another run)" if half else "a smaller --image-size"
+        return InputError(f"batches of {batch_size} need more memory than the devices have: try --remat, or {smaller}")
 
 
 def placement() -> Placement:

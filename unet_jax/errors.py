@@ -21,7 +21,7 @@ def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
     except InputError as error:
         message = str(error)
     except OSError as error:
-        storage = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+        storage = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
         if error.errno not in (*storage, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise
         advice = "free some room or choose another folder" if error.errno in storage else "choose another name"

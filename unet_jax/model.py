@@ -59,7 +59,8 @@ class UNet(nn.Module):
     """Images [N, H, W, C], H and W multiples of 2^(levels-1), to float32 (or float64) logits [N, H, W, num_classes].
 
     Dropout draws from the "dropout" key when `train`; batch norm's running statistics are in "batch_stats". `dtype` is
-    what the layers compute in; parameters and statistics are float32.
+    what the layers compute in; parameters and statistics are float32. `remat` has the gradient compute each block's
+    inner activations again (Chen et al. 2016, arXiv:1604.06174).
 
     Raises:
       InputError: height or width is not a multiple of 2^(levels-1).
@@ -72,15 +73,17 @@ class UNet(nn.Module):
     dropout_rate: float = 0.3
     dtype: DTypeLike = jnp.float32
     block: Block = "relu_norm"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
         check_size(images.shape[1], images.shape[2], len(self.widths))
+        block = nn.remat(DoubleConv, static_argnums=(2,)) if self.remat else DoubleConv
         x, skips, levels = images, [], len(self.widths)
         for i, width in enumerate(self.widths):
             # Dropout in the two deepest blocks of the encoder, as in the reproduced runs.
             rate = self.dropout_rate if i >= levels - 2 else 0.0
-            x = DoubleConv(width, self.block, rate, dtype=self.dtype, name=f"encoder{i + 1}")(x, train)
+            x = block(width, self.block, rate, dtype=self.dtype, name=f"encoder{i + 1}")(x, train)
             if i < levels - 1:
                 skips.append(x)
                 if self.downsampling == "max_pool":
@@ -90,7 +93,7 @@ class UNet(nn.Module):
         for i, (width, skip) in reversed(list(enumerate(zip(self.widths[:-1], skips, strict=True)))):
             x = Upsample(width, self.upsampling, dtype=self.dtype, name=f"up{i + 1}")(x, train)
             x = jnp.concatenate([skip, x], axis=-1)
-            x = DoubleConv(width, self.block, dtype=self.dtype, name=f"decoder{i + 1}")(x, train)
+            x = block(width, self.block, dtype=self.dtype, name=f"decoder{i + 1}")(x, train)
         x = Conv(self.widths[0], dtype=self.dtype, name="head")(x)
         logits = Conv(self.num_classes, kernel_size=1, dtype=self.dtype, name="logits")(x)
         return logits.astype(np.promote_types(self.dtype, np.float32))

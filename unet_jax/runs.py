@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from unet_jax.checkpoint import Restored, exists, restore
 from unet_jax.config import RunConfig, from_dict
@@ -42,7 +44,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file by `replacing`, in UTF-8."""
+    """Writes a file by `replacing`, in UTF-8. Of many processes, the first does."""
+    if jax.process_index() > 0:
+        return
     with replacing(path) as file:
         file.write(text.encode())
 
@@ -125,29 +129,33 @@ def is_finished(folder: Path, epochs: int) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Removes a run's own files from its folder, and nothing else."""
-    (folder / "config.json").unlink(missing_ok=True)  # first: without it what is left is no run
-    for name in ("checkpoints", "best"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+    """Removes a run's own files from its folder, and nothing else. Of many processes, the first; the others wait."""
+    if jax.process_index() == 0:
+        (folder / "config.json").unlink(missing_ok=True)  # first: without it what is left is no run
+        for name in ("checkpoints", "best"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+    multihost_utils.sync_global_devices("run folder cleared")
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps it for this process alone.
+    """Makes the folder and keeps it for this run alone. Of many processes, the first does so for all.
 
     Raises:
-      InputError: another process trains there, or it cannot be written.
+      InputError: another process trains there, or it cannot be written (in all processes).
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another folder") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process trains in {folder}: wait for it, or choose another folder") from None
+    with contextlib.ExitStack() as files:
+        refusal = ""
+        if jax.process_index() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                fcntl.flock(files.enter_context((folder / ".lock").open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refusal = f"another process trains in {folder}: wait for it, or choose another folder"
+            except OSError as error:
+                refusal = f"{folder} cannot be written ({error.strerror}): choose another folder"
+        if multihost_utils.broadcast_one_to_all(np.array(bool(refusal))):
+            raise InputError(refusal or f"the first process cannot have {folder}")
         yield

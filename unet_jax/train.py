@@ -50,6 +50,7 @@ def make_model(config: ModelConfig, num_classes: int) -> UNet:
         dropout_rate=config.dropout_rate,
         dtype=compute_dtype(config.precision),
         block=config.block,
+        remat=config.remat,
     )
 
 

@@ -1,12 +1,12 @@
 """Batches on the device, in an order that depends on (seed, epoch) alone."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from unet_jax.data.cache import Split
 from unet_jax.device import Placement
@@ -48,6 +48,16 @@ def _take(images: Array, labels: Array, indices: Array, weights: Array) -> Batch
     return Batch(images[indices], labels[indices], weights)
 
 
+def _place(array: np.ndarray, sharding: NamedSharding, rows: np.ndarray | None = None) -> Array:
+    """The array, or those rows of it, as a global array: each process reads what its own devices hold, no more."""
+
+    def part(index: Any) -> np.ndarray:
+        return array[index] if rows is None else array[rows[index[0]]]
+
+    shape = array.shape if rows is None else (len(rows), *array.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
 class Loader:
     """Cuts a split into batches; the split lives on the accelerator where it fits well, else its batches go there.
 
@@ -62,7 +72,7 @@ class Loader:
         self._resident = None
         if placement.fits(split.images.nbytes + split.labels.nbytes):
             arrays = (split.images, split.labels) if rows is None else (split.images[rows], split.labels[rows])
-            self._resident = jax.device_put(arrays, placement.replicated)
+            self._resident = tuple(_place(a, placement.replicated) for a in arrays)
             self._take = jax.jit(_take, out_shardings=placement.batch)
 
     def __len__(self) -> int:
@@ -86,7 +96,7 @@ class Loader:
         weights = (places >= 0).astype(np.float32)
         places = np.maximum(places, 0)
         if self._resident is not None:
-            return self._take(*self._resident, jnp.asarray(places), jnp.asarray(weights))
-        rows = self.rows[places]
-        batch = Batch(self.split.images[rows], self.split.labels[rows], weights)
-        return jax.device_put(batch, self.placement.batch)
+            return self._take(*self._resident, places, weights)
+        rows, sharding = self.rows[places], self.placement.batch
+        images, labels = (_place(a, sharding, rows) for a in (self.split.images, self.split.labels))
+        return Batch(images, labels, _place(weights, sharding))

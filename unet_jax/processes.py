@@ -1,0 +1,76 @@
+"""Many processes that make one run: how one joins, notices that it is to stop, and leaves."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from unet_jax.errors import InputError
+
+SIGTERM_STATUS = 128 + signal.SIGTERM
+
+
+def join(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    """Joins this process to the others of a run, before anything else asks JAX for devices.
+
+    `coordinator` is HOST:PORT of process 0. What is None is taken from Slurm, Open MPI or Kubernetes.
+
+    Raises:
+      InputError: something is neither given nor found.
+    """
+    try:
+        jax.distributed.initialize(coordinator, processes, process_id)
+    except (ValueError, RuntimeError) as error:
+        flags = "--coordinator HOST:PORT, --processes N and --process-id I"
+        raise InputError(f"--distributed: {str(error).splitlines()[0]} Give {flags}.") from None
+
+
+def check_agreement(what: object) -> None:
+    """Raises InputError, in all processes, unless all give what looks the same (its repr)."""
+    mine = np.array(zlib.crc32(repr(what).encode()), np.uint32)
+    if (multihost_utils.process_allgather(mine) != mine).any():
+        raise InputError("the processes differ in their flags or in the pictures they find: give all of them the same")
+
+
+@contextlib.contextmanager
+def noticing_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets instead of killing; of many processes, JAX has a handler of its own."""
+    noticed = threading.Event()
+    if jax.process_count() > 1:
+        yield noticed
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
+    try:
+        yield noticed
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """After an error, ends one of many processes without JAX's own wait, of minutes, for the others to end too.
+
+    They may be waiting for this one. Once it is gone they fail: at once, or when its heartbeat has been missed (100 s).
+    """
+    try:
+        yield
+    except BaseException as error:
+        status = error.code if isinstance(error, SystemExit) else 1
+        if status == SIGTERM_STATUS:  # all leave together
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:  # holds the service that the others would miss: let those that fail too be first
+            time.sleep(2)
+        os._exit(status if isinstance(status, int) else 1)
