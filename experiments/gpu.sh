@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# All figures of the README that wait for a GPU, in one command that goes on where it was stopped:
+#
+#     OUT=runs/gpu experiments/gpu.sh --data-dir ~/tensorflow_datasets
+#
+# Flags go to every run of run.py. SEEDS, VARIANTS, BENCHMARK (flags of benchmark.py) and SKIP_TORCH=1 cut it short. The
+# order is that of worth: what a short lease leaves undone is at the end. Expected on an H200, none of it measured as
+# yet: speed 4 minutes, the four runs 1 minute each and seed, PyTorch's 3 minutes each, best 5 minutes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-runs/gpu} seeds=${SEEDS:-0 1 2} variants=${VARIANTS:-mp_tr_ce mp_tr_dice strconv_tr_ce strconv_ups_dice}
+mkdir -p "$out"
+run() { # folder, then flags of run.py; a run that fails leaves the others their time
+    python experiments/run.py --workdir "$@" || echo "failed: $*" >>"$out/failed.txt"
+}
+for variant in $variants; do run "$out/seed0/$variant" --variant "$variant" --seed 0 "$@"; done
+[ -e "$out/benchmark/benchmark.md" ] || python experiments/benchmark.py --memory --linen ${BENCHMARK:-} --out "$out/benchmark"
+[ -e "$out/profile.md" ] || python experiments/profile_step.py --image-size 240 --batch-size 64 --out "$out/trace" >"$out/profile.md"
+run "$out/best" --variant best --validation-fraction 0.1 "$@"
+for seed in $seeds; do
+    for variant in $variants; do
+        run "$out/seed$seed/$variant" --variant "$variant" --seed "$seed" "$@"
+        [ -n "${SKIP_TORCH:-}" ] || [ "$seed" != 0 ] || [ -e "$out/pytorch/$variant" ] ||
+            python experiments/train_pytorch.py "$out/seed0/$variant" --out "$out/pytorch/$variant"
+    done
+done
+for variant in $variants; do # bfloat16, the default there, against float32
+    run "$out/float32/$variant" --variant "$variant" --precision float32 "$@"
+done
+python experiments/report.py "$out"/seed*/* "$out"/float32/* "$out"/pytorch/* "$out/best" --out "$out"
