@@ -235,7 +235,7 @@ def try_faults(options: Options) -> tuple[Counter, Counter]:
                 shutil.copytree(snapshot, small)
                 if not limit:
                     (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 16384))
-                ended = finish(start(home, small, options.epochs, limit))
+                ended = finish(start(home, small, options.epochs, limit=limit))
                 lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
                 good = ended.status == 2 and len(lines) == 1 and "Traceback" not in ended.output
                 note(f"{fault}: one line, status 2", good, ended)
