@@ -1,11 +1,11 @@
 """Trains a variant of the U-Net and writes its run folder: `python experiments/run.py --variant mp_tr_dice`."""
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -203,10 +203,10 @@ def train_epochs(
     loss = f"{prefix or 'test_'}loss"
     bar: Any = None
     try:
-        with contextlib.ExitStack() as stack:
-            checkpoints = stack.enter_context(checkpoint.manager(folder / "checkpoints", int(state.step)))
-            if prefix:
-                best = stack.enter_context(checkpoint.manager(folder / "best", int(state.step), keep=1))
+        with (
+            checkpoint.manager(folder / "checkpoints", int(state.step)) as checkpoints,
+            checkpoint.manager(folder / "best", int(state.step), keep=1) if prefix else nullcontext() as best,
+        ):
             for result in fit(config, steps, state, train, held_out, start.progress.losses):
                 state = result.state
                 if isinstance(result, StepResult):
@@ -233,9 +233,10 @@ def train_epochs(
                 )
                 records.append(record)
                 runs.write_records(folder, records)
-                checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
-                if prefix and record["validation_mean_iou"] >= max(r["validation_mean_iou"] for r in records):
+                # The best first: a kill between the two has the epoch done again, not its being the best forgotten.
+                if best and record["validation_mean_iou"] >= max(r["validation_mean_iou"] for r in records):
                     checkpoint.save(best, state, checkpoint.Progress(records, []))
+                checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
     except NonFiniteLossError as error:
         last = f"epoch {len(records)} is the last good checkpoint" if records else "there is no checkpoint before it"
         raise InputError(f"{error}; {last}, in {folder}: try a smaller --learning-rate") from None
