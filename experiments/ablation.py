@@ -8,10 +8,11 @@ are left alone. ablation.md has the last epoch's validation mean IoU and its dif
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from report import spread
 
 from unet_jax.errors import exit_on_input_error
 
@@ -39,11 +40,7 @@ def table(scores: dict[str, dict[int, float]]) -> str:
     lines = ["| setting | seeds | validation mean IoU | difference to base |", "|---|---|---|---|"]
     for name, by_seed in scores.items():
         gains = [score - scores["base"][seed] for seed, score in by_seed.items() if seed in scores["base"]]
-        cells = [
-            f"{statistics.mean(v):{f}} ({min(v):{f}} to {max(v):{f}})"
-            for v, f in ((list(by_seed.values()), ".4f"), (gains, "+.4f"))
-        ]
-        lines.append(f"| {name} | {len(by_seed)} | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {name} | {len(by_seed)} | {spread(by_seed.values())} | {spread(gains, '+.4f')} |")
     return "\n".join(lines) + "\n"
 
 

@@ -65,7 +65,8 @@ def read_run(folder: Path) -> Run:
 HEAD = ("variant", "data", "size", "pictures", "epochs", "other settings", "framework", "seeds", "published best loss",
         "test loss", "best test loss", "mean IoU", "IoU by class", "pixel accuracy", "s / epoch", "images/s",
         "device")  # fmt: skip
-IN_COLUMNS = {"data.dataset", "data.image_size", "data.train_examples", "data.test_examples", "train.seed"}
+IN_COLUMNS = {f"data.{name}" for name in ("dataset", "image_size", "train_examples", "test_examples")}
+IN_COLUMNS |= {"train.seed", "train.epochs"}
 
 
 def spread(values: Iterable[float], form: str = ".4f") -> str:
@@ -87,7 +88,8 @@ def settings(config: RunConfig) -> str:
 def row(runs: list[Run]) -> str:
     """A line of the table: runs that differ in their seeds alone."""
     config, data = runs[0].config, runs[0].config.data
-    published = VARIANTS[config.variant].published_test_loss if config.variant in VARIANTS else None
+    recipe = VARIANTS.get(config.variant)
+    published = recipe.published_test_loss if recipe and recipe.loss == config.train.loss else None
     best = [min(r["test_loss"] for r in run.records) for run in runs if "test_loss" in run.records[-1]]
     iou = [{k: v for k, v in run.scores["iou"].items() if v is not None} for run in runs]
     cells = (

@@ -1,13 +1,13 @@
 """Trains a variant of the U-Net and writes its run folder: `python experiments/run.py --variant mp_tr_dice`."""
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -245,11 +245,12 @@ def save_epochs(
 
     state, stop = start.state, False
     display = Display(Clock(config.train.epochs, len(train), len(held_out), int(state.step)), len(train))
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(checkpoint.manager(folder / "checkpoints", int(state.step)))
-        if config.data.validation_fraction:
-            best = stack.enter_context(checkpoint.manager(folder / "best", int(state.step), keep=1))
-        noticed = stack.enter_context(processes.noticing_sigterm())
+    has_best = config.data.validation_fraction > 0
+    with (
+        checkpoint.manager(folder / "checkpoints", int(state.step)) as checkpoints,
+        checkpoint.manager(folder / "best", int(state.step), keep=1) if has_best else nullcontext() as best,
+        processes.noticing_sigterm() as noticed,
+    ):
         for result in fit(config, steps, state, train, held_out, start.progress.losses):
             state = result.state
             if isinstance(result, StepResult):
@@ -265,10 +266,11 @@ def save_epochs(
             display.epoch(result.record)
             records.append(result.record)
             runs.write_records(folder, records)
-            checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
             validated = [r["validation_mean_iou"] for r in records if "validation_mean_iou" in r]
-            if validated and validated[-1] >= max(validated):
+            # The best first: a kill between the two has the epoch done again, not its being the best forgotten.
+            if best and validated[-1] >= max(validated):
                 checkpoint.save(best, state, checkpoint.Progress(records, []))
+            checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
             if stop:
                 break
     return state, stop
