@@ -51,7 +51,8 @@ def test_conv_is_linens_with_padding_that_keeps_the_size(kernel_size, strides, s
 
 @pytest.mark.parametrize("shape", [(2, 8, 6), (3, 5, 7), (2, 1, 1), (1, 15, 2)])
 def test_conv_of_many_features_is_linens(shape, monkeypatch):
-    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", 50_000)  # so that the batch is cut
+    # So that the batch is cut, where there is one.
+    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", 16 * shape[1] * shape[2] * (cpu_convs.WINOGRAD_FEATURES + 3))
     monkeypatch.setattr(cpu_convs, "conv", chex.assert_max_traces(cpu_convs.conv, n=1))
     chex.clear_trace_counter()
     features, out = cpu_convs.WINOGRAD_FEATURES, cpu_convs.WINOGRAD_FEATURES + 3

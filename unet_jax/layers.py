@@ -4,7 +4,6 @@ Layout is NHWC, kernels are HWIO. Parameters keep the names and shapes of the li
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,17 +33,16 @@ def conv(x: Array, kernel: Array, strides: int = 1, padding: int | tuple[int, in
     return lax.conv_general_dilated(x, kernel, (strides, strides), (pad, pad), dimension_numbers=dimensions)
 
 
-def _by_platform(cpu: Callable[..., Array], default: Callable[..., Array], x: Array, kernel: Array) -> Array:
-    # The CPU's forms cut the batch into chunks, for which its size must be known: in jax.export it may be symbolic.
-    if not all(isinstance(side, int) for side in x.shape):
-        return default(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+def is_concrete(x: Array) -> bool:
+    """Whether x has a shape of numbers, which the CPU's forms need: in jax.export it may have symbols."""
+    return all(isinstance(side, int) for side in x.shape)
 
 
 @jax.custom_vjp
 def same_conv(x: Array, kernel: Array) -> Array:
     """3x3 convolution of stride 1, x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O]; on the CPU by Winograd."""
-    return _by_platform(cpu_convs.conv, _same_conv, x, kernel)
+    cpu = cpu_convs.conv if is_concrete(x) and cpu_convs.tiles_fit(x) else _same_conv
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=_same_conv)
 
 
 def _same_conv(x: Array, kernel: Array) -> Array:
@@ -52,12 +50,14 @@ def _same_conv(x: Array, kernel: Array) -> Array:
 
 
 def _same_conv_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    return lax.platform_dependent(
-        *residuals,
-        g,
-        cpu=lambda x, kernel, g: (cpu_convs.input_gradient(kernel, g), cpu_convs.kernel_gradient(x, g)),
-        default=lambda x, kernel, g: jax.vjp(_same_conv, x, kernel)[1](g),
-    )
+    def direct(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+        return jax.vjp(_same_conv, x, kernel)[1](g)
+
+    def on_cpu(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+        to_x = cpu_convs.input_gradient(kernel, g) if cpu_convs.tiles_fit(g) else direct(x, kernel, g)[0]
+        return to_x, cpu_convs.kernel_gradient(x, g)
+
+    return lax.platform_dependent(*residuals, g, cpu=on_cpu, default=direct)
 
 
 same_conv.defvjp(lambda x, kernel: (same_conv(x, kernel), (x, kernel)), _same_conv_bwd)
@@ -99,7 +99,8 @@ def transposed_conv(x: Array, kernel: Array) -> Array:
     w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1]. Dilating the input (the textbook form) multiplies mostly
     zeros. The gradients are those of the map that it transposes, the 3x3 convolution of stride 2.
     """
-    return _by_platform(cpu_convs.transposed_conv, _transposed_conv, x, kernel)
+    cpu = cpu_convs.transposed_conv if is_concrete(x) else _transposed_conv
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=_transposed_conv)
 
 
 def _transposed_conv(x: Array, kernel: Array) -> Array:
