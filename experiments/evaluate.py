@@ -1,6 +1,7 @@
 """Evaluates a run's checkpoint on a split of a dataset: `python experiments/evaluate.py runs/mp_tr_dice`."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,18 +40,21 @@ def evaluate_run(options: Options) -> None:
     from unet_jax.data.datasets import resolve, sources
     from unet_jax.train import evaluate, make_steps
 
+    if options.examples is not None and options.examples < 1:
+        raise InputError(f"--examples is {options.examples}: it must be at least 1")
     placement = device.placement()
     device.set_up_compilation_cache(default_cache_dir() / "xla")
     config, restored = runs.load(options.run, placement)
     for line in restored.skipped:
-        print(line)
+        print(line, file=sys.stderr)
+    batch_size = -(-config.train.batch_size // placement.devices) * placement.devices
     dataset, _ = resolve(options.dataset or config.data.dataset, options.data_dir or config.data.data_dir, False)
     data = dataclasses.replace(config.data, dataset=dataset, data_dir=options.data_dir or config.data.data_dir)
     if options.split == "validation" and not data.validation_fraction:
         raise InputError(f"{options.run} kept no part of train for validation: choose --split test or train")
     own = data.test_examples if options.split == "test" else data.train_examples
     source = sources(data, config.train.seed)["test" if options.split == "test" else "train"]
-    if source.class_names != data.class_names and len(source.class_names) != len(data.class_names):
+    if len(source.class_names) != len(data.class_names):
         raise InputError(f"{options.run} knows the classes {data.class_names}, the dataset has {source.class_names}")
     cache = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
     if options.split == "test" or not data.validation_fraction:
@@ -61,7 +65,7 @@ def evaluate_run(options: Options) -> None:
         rows = (training if options.split == "train" else validation)[: options.examples]
         split = Split(split.images[rows], split.labels[rows], [split.names[i] for i in rows])
     steps = make_steps(config, placement)
-    loader = Loader(split, config.train.batch_size, placement)
+    loader = Loader(split, batch_size, placement)
     scores, sums = evaluate(steps.evaluate, restored.state, loader, data.class_names)
     out = options.out or options.run / f"evaluation-{options.split}"
     out.mkdir(parents=True, exist_ok=True)
@@ -71,9 +75,7 @@ def evaluate_run(options: Options) -> None:
     runs.write_json(out / "evaluation.json", {**about, **scores, "confusion": confusion.tolist()})
     text = tables(scores, confusion, data.class_names)
     runs.write_text(out / "tables.md", text)
-    draw_extremes(
-        steps, restored.state, split, np.asarray(sums.confusion), data.class_names, out, f"{options.run.name}"
-    )
+    draw_extremes(steps, restored.state, split, np.asarray(sums.confusion), data.class_names, out, options.run.name)
     trained = f"epoch {epoch}" if int(restored.state.step) else "imported weights"
     print(f"{options.run}, {trained}, {len(split.names)} {options.split} pictures of {dataset}\n\n{text}")
     print(f"test loss {scores['test_loss']:.4f}, mean IoU {scores['mean_iou']:.4f}; files in {out}")

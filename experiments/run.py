@@ -113,19 +113,20 @@ def train_run(options: Options, placement: "Placement") -> None:
     splits = load_splits(config, options.cache_dir)
     batch_size = config.train.batch_size
     names = [split.names for split in splits.values()]
-    processes.check_agreement((config.model, config.train, config.data.validation_fraction, folder.name, names))
+    shared = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=None))
+    processes.check_agreement((shared, options.overwrite, options.deterministic, folder.name, names))
     training, validation = validation_rows(splits["train"].names, config.data.validation_fraction, config.train.seed)
-    placement.check_batch(batch_size, len(training))
-    train, test = (
-        Loader(splits["train"], batch_size, placement, training),
-        Loader(splits["test"], batch_size, placement),
-    )
+    placement.check_batch(batch_size, len(training), len(validation))
+    train = Loader(splits["train"], batch_size, placement, training)
+    test = Loader(splits["test"], batch_size, placement)
     held_out = Loader(splits["train"], batch_size, placement, validation) if len(validation) else test
     initial = start_from(config, placement)
     with runs.lock(folder):
         if options.overwrite:
             runs.clear(folder)
         restored = resume(folder, config, placement)
+        if restored and restored.progress.steps(len(train)) != int(restored.state.step):
+            raise InputError(f"{folder} was trained on other pictures: choose another --workdir, or --overwrite")
         runs.write_json(folder / "config.json", to_dict(config))
         runs.write_json(folder / "environment.json", runs.environment())
         print(f"{config.variant} on {config.data.dataset}: {len(train)} steps an epoch, files in {folder}")
@@ -180,8 +181,9 @@ def start_from(config: RunConfig, placement: "Placement") -> "Restored":
     if config.train.init_from:
         other = Path(config.train.init_from)
         theirs, restored = runs.load(other, placement)
-        ours = dataclasses.replace(config.model, dropout_rate=0, precision="auto"), config.data.class_names
-        if ours != (dataclasses.replace(theirs.model, dropout_rate=0, precision="auto"), theirs.data.class_names):
+        same: dict[str, Any] = {"dropout_rate": 0.0, "precision": "auto", "remat": False}
+        ours, others = (dataclasses.replace(model, **same) for model in (config.model, theirs.model))
+        if (ours, config.data.class_names) != (others, theirs.data.class_names):
             raise InputError(f"--init-from {other} is a run of another network or other classes: {theirs.model}")
         state = state._replace(**train.variables(restored.state))
     return Restored(jax.device_put(state, placement.replicated), Progress([], []), [])
@@ -193,7 +195,7 @@ def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored
 
     if not checkpoint.exists(folder / "checkpoints"):
         return None
-    _, restored = runs.load(folder, placement, config, "newest")
+    restored = checkpoint.restore(folder / "checkpoints", runs.abstract_state(config), placement.replicated)
     for line in restored.skipped:
         print(line, file=sys.stderr)
     runs.write_records(folder, restored.progress.records)
@@ -248,7 +250,7 @@ def save_epochs(
     has_best = config.data.validation_fraction > 0
     with (
         checkpoint.manager(folder / "checkpoints", int(state.step)) as checkpoints,
-        checkpoint.manager(folder / "best", int(state.step), keep=1) if has_best else nullcontext() as best,
+        checkpoint.manager(folder / "best", int(state.step)) if has_best else nullcontext() as best,
         processes.noticing_sigterm() as noticed,
     ):
         for result in fit(config, steps, state, train, held_out, start.progress.losses):
@@ -266,9 +268,8 @@ def save_epochs(
             display.epoch(result.record)
             records.append(result.record)
             runs.write_records(folder, records)
-            validated = [r["validation_mean_iou"] for r in records if "validation_mean_iou" in r]
             # The best first: a kill between the two has the epoch done again, not its being the best forgotten.
-            if best and validated[-1] >= max(validated):
+            if best and result.record["validation_mean_iou"] >= max(r["validation_mean_iou"] for r in records):
                 checkpoint.save(best, state, checkpoint.Progress(records, []))
             checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
             if stop:
@@ -298,10 +299,11 @@ class Display:
 
     def epoch(self, record: dict[str, Any]) -> None:
         part, prefix = ("Validation part", "validation_") if "validation_loss" in record else ("Test set", "")
+        loss = record["validation_loss" if prefix else "test_loss"]
         self.bar.set_postfix_str(f"loss {record['last_batch_loss']:.4f}")
         self.close()
         print(
-            f"{part}: average loss {record[prefix + 'loss' if prefix else 'test_loss']:.4f},"
+            f"{part}: average loss {loss:.4f},"
             f" mean IoU {record[f'{prefix}mean_iou']:.4f}, pixel accuracy {record[f'{prefix}pixel_accuracy']:.4f}"
         )
 
@@ -348,6 +350,8 @@ def finish(
     scores = records[-1]
     if config.data.validation_fraction:
         _, best = runs.load(folder, test.placement, config)
+        for line in best.skipped:
+            print(line, file=sys.stderr)
         state, epoch = best.state, len(best.progress.records)
         scores = {"epoch": epoch, **evaluate(steps.evaluate, state, test, config.data.class_names)[0]}
     names, data = config.data.class_names, config.data

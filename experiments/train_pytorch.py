@@ -18,7 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from unet_jax import runs
-from unet_jax.config import RunConfig, to_dict
+from unet_jax.config import RunConfig, TrainConfig, to_dict
 from unet_jax.data.batches import shuffled
 from unet_jax.data.cache import Split, default_cache_dir, load_split
 from unet_jax.data.datasets import sources
@@ -64,6 +64,19 @@ def main(options: Options) -> None:
     data, train_config, size = config.data, config.train, config.train.batch_size
     if not hasattr(pytorch_reference, train_config.loss):
         raise InputError(f"{options.run} has the loss {train_config.loss}, which the PyTorch side lacks")
+    ours_alone = (
+        "class_weights",
+        "schedule",
+        "warmup_epochs",
+        "weight_decay",
+        "clip_norm",
+        "ema",
+        "augment",
+        "init_from",
+    )
+    changed = [name for name in ours_alone if getattr(train_config, name) != getattr(TrainConfig, name)]
+    if changed or data.validation_fraction or config.model.block != "relu_norm":
+        raise InputError(f"{options.run} has settings that the PyTorch side lacks: a published variant has none")
     if (options.out / "metrics.jsonl").exists():
         raise InputError(f"{options.out} holds a run already: choose another --out")
     counts = {"train": data.train_examples, "test": data.test_examples}

@@ -116,7 +116,7 @@ def test_running_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
     def exhausted(state, batch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
-    steps = train.Steps(exhausted, exhausted, exhausted)
+    steps = train.Steps(*[exhausted] * 4)
     monkeypatch.setattr(train, "make_steps", lambda *_: steps)
     (options,) = run.parse([*check_faults.FLAGS, "--workdir", str(tmp_path / "run"), "--cache-dir", str(tmp_path)])
     with pytest.raises(InputError, match="try --remat, or --batch-size 4 "):

@@ -1,6 +1,5 @@
 """Checkpoints of a run: the train state, and beside it in JSON how far it had come. The only place that knows orbax."""
 
-import errno
 import functools
 import logging
 import os
@@ -17,12 +16,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from unet_jax.errors import InputError
+from unet_jax.errors import STORAGE, InputError
 from unet_jax.train import TrainState
 
 absl.logging.set_verbosity(absl.logging.FATAL)  # orbax tells every step of a save, and what fails before raising it
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # where one read has failed, it tells of the others, abandoned
-DISK = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
+DISK = [os.strerror(number) for number in STORAGE]
 
 
 def _report(unraisable: "sys.UnraisableHookArgs", before: Callable[..., object] = sys.unraisablehook) -> None:
@@ -40,6 +39,10 @@ class Progress(NamedTuple):
     records: list[dict[str, Any]]
     losses: list[float]
 
+    def steps(self, steps_per_epoch: int) -> int:
+        """How many steps that makes."""
+        return len(self.records) * steps_per_epoch + len(self.losses)
+
 
 class Restored(NamedTuple):
     """A checkpoint read back, and a line for each newer one that could not be."""
@@ -50,18 +53,17 @@ class Restored(NamedTuple):
 
 
 @contextmanager
-def manager(folder: Path, step: int, keep: int = 2) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints of a run that goes on from `step`; later ones, which were skipped as damaged, are removed.
+def manager(folder: Path, step: int) -> Iterator[ocp.CheckpointManager]:
+    """The checkpoints of a run that goes on from `step`; later ones (damaged, or to be made again) are removed.
 
-    The last `keep` are kept: two, so that a damaged newest has an elder. Writes happen behind the training where a
-    device has memory of its own. Closing waits for them. All processes of a run save together, each its part, in one
-    folder.
+    The last two are kept, so that a damaged newest has an elder. Writes happen behind the training where a device has
+    memory of its own. Closing waits for them. All processes of a run save together, each its part, in one folder.
 
     Raises:
       InputError: a write behind the training found the disk full, or not to be written.
     """
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
+        max_to_keep=2,
         cleanup_tmp_directories=True,
         # On the CPU a donated state's memory would be overwritten while it is being saved.
         enable_async_checkpointing=jax.default_backend() != "cpu",
@@ -94,7 +96,8 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, progress: Progre
     Raises:
       InputError: the disk is full, or not to be written. The checkpoints before are left as they are.
     """
-    notes = {**progress._asdict(), "checksum": _checksum(state)}
+    # A copy of the records, to which the next epoch adds while they are being written.
+    notes = {"records": [*progress.records], "losses": progress.losses, "checksum": _checksum(state)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), progress=ocp.args.JsonSave(notes))
     with _disk_errors(checkpoints):
         checkpoints.save(int(state.step), args=items)

@@ -110,7 +110,8 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """Adam's step size."""
     seed: int = 0
-    """Of the initial weights, the order of the pictures, dropout, the synthetic pets, and a folder's test split."""
+    """Of the initial weights, the order of the pictures, dropout, augmentation, the synthetic pets, and the parts of a
+    dataset that are drawn: validation, and a folder's test split."""
     init_from: str | None = None
     """Run folder whose parameters and batch norm statistics training starts from. Of an import: the weights' file."""
     class_weights: tuple[float, ...] = ()
@@ -195,25 +196,19 @@ def check_config(config: RunConfig) -> None:
             raise InputError(f"--{flag} is {value}: it must be at least 1")
     if not (math.isfinite(train.learning_rate) and train.learning_rate > 0):
         raise InputError(f"--learning-rate is {train.learning_rate}: it must be positive and finite")
-    for flag, rate in {"dropout-rate": model.dropout_rate, "ema": train.ema}.items():
-        if not 0 <= rate < 1:
-            raise InputError(f"--{flag} is {rate}: it must be at least 0 and below 1")
-    not_negative = {
-        "warmup-epochs": train.warmup_epochs,
-        "weight-decay": train.weight_decay,
-        "clip-norm": train.clip_norm,
-    }
-    for flag, amount in not_negative.items():
-        if not 0 <= amount < math.inf:
-            raise InputError(f"--{flag} is {amount}: it must be finite and not negative")
+    shares = {"dropout-rate": model.dropout_rate, "ema": train.ema, "validation-fraction": data.validation_fraction}
+    for flag, share in shares.items():
+        if not 0 <= share < 1:
+            raise InputError(f"--{flag} is {share}: it must be at least 0 and below 1")
+    for name in ("warmup_epochs", "weight_decay", "clip_norm"):
+        if not 0 <= (amount := getattr(train, name)) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} is {amount}: it must be finite and not negative")
     if train.schedule == "cosine" and train.warmup_epochs >= train.epochs:
         raise InputError(f"--warmup-epochs is {train.warmup_epochs}: it must be below --epochs {train.epochs}")
     if train.seed < 0:
         raise InputError(f"--seed is {train.seed}: it must not be negative")
     if not 0 < data.test_fraction < 1:
         raise InputError(f"--test-fraction is {data.test_fraction}: it must be above 0 and below 1")
-    if not 0 <= data.validation_fraction < 1:
-        raise InputError(f"--validation-fraction is {data.validation_fraction}: it must be at least 0 and below 1")
     check_size(data.image_size, data.image_size, len(model.widths))
     names = [name for _, name in loss_terms(train.loss)]
     if train.class_weights and "cross_entropy" not in names:
@@ -232,11 +227,8 @@ def loss_terms(text: str) -> tuple[tuple[float, str], ...]:
     """
     terms = []
     for term in text.replace(" ", "").split("+"):
-        match = re.fullmatch(r"(?:([\d.]+(?:e-?\d+)?)\*)?(cross_entropy|log_dice|soft_dice)", term)
-        try:
-            weight = float(match[1] or 1) if match else 0.0
-        except ValueError:
-            weight = 0.0
+        match = re.fullmatch(r"(?:((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\*)?(cross_entropy|log_dice|soft_dice)", term)
+        weight = float(match[1] or 1) if match else 0.0
         if not match or not 0 < weight < math.inf:
             raise InputError(
                 f"--loss has the term {term!r}: write cross_entropy, log_dice, soft_dice,"

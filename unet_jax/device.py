@@ -28,15 +28,22 @@ class Placement(NamedTuple):
         stats = None if device.platform == "cpu" else device.memory_stats()
         return stats is not None and nbytes < stats["bytes_limit"] / 3
 
-    def check_batch(self, batch_size: int, examples: int) -> None:
-        """Raises InputError for a batch, or an epoch's last short one, that the devices do not divide."""
+    def check_batch(self, batch_size: int, examples: int, kept: int = 0) -> None:
+        """Raises InputError for a batch, or an epoch's last short one, that the devices do not divide.
+
+        `kept` is how many pictures a validation part takes besides.
+        """
         advice = []
         for flag, size in (("batch-size", batch_size), ("train-examples", examples)):
             if size % self.devices:
                 down = size // self.devices * self.devices
                 # No picture can be added; and without such a number of pictures no batch size would do.
                 sizes = [down, down + self.devices] if flag == "batch-size" else [down]
-                advice.append(f"--{flag} " + " or ".join(str(s) for s in sizes if 0 < s <= examples))
+                numbers = " or ".join(str(s) for s in sizes if 0 < s <= examples)
+                if kept and flag == "train-examples":
+                    advice.append(f"a --{flag} or --validation-fraction that leaves {numbers} to train on")
+                else:
+                    advice.append(f"--{flag} {numbers}")
         if examples < self.devices:
             raise InputError(f"{examples} training pictures are too few for {self.devices} devices: use fewer devices")
         if advice:
@@ -75,11 +82,9 @@ def compiler_options(deterministic: bool = False) -> dict[str, str | bool]:
     On the CPU, XLA's "YNN" fusion of convolutions doubles the time of this network's step, most of all in the
     kernel gradients; it is turned off where this jaxlib knows the option.
     """
-    if jax.default_backend() == "gpu":
-        return {"xla_gpu_deterministic_ops": True} if deterministic else {}
+    if (backend := jax.default_backend()) != "cpu":
+        return {"xla_gpu_deterministic_ops": True} if deterministic and backend == "gpu" else {}
     options: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    if jax.default_backend() != "cpu":
-        return {}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:  # a jaxlib that does not know an option refuses to compile with it

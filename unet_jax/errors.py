@@ -5,6 +5,9 @@ import errno
 import sys
 from collections.abc import Iterator
 
+# What a disk may refuse.
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+
 
 class InputError(Exception):
     """Bad input. Its message is one line for the user: what is wrong, and what to do about it."""
@@ -21,13 +24,13 @@ def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
     except InputError as error:
         message = str(error)
     except OSError as error:
-        storage = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
-        if error.errno not in (*storage, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if error.errno not in (*STORAGE, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise
-        advice = "free some room or choose another folder" if error.errno in storage else "choose another name"
+        advice = "free some room or choose another folder" if error.errno in STORAGE else "choose another name"
         message = f"{error.strerror}: {error.filename or 'writing a file'}; {advice}"
     except KeyboardInterrupt:
-        sys.exit(interrupted)
+        print(interrupted, file=sys.stderr)  # by itself: not every process lives to print an exit's text
+        sys.exit(1)
     else:
         return
     print(f"error: {message}", file=sys.stderr)

@@ -40,7 +40,10 @@ def is_concrete(x: Array) -> bool:
 
 @jax.custom_vjp
 def same_conv(x: Array, kernel: Array) -> Array:
-    """3x3 convolution of stride 1, x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O]; on the CPU by Winograd."""
+    """3x3 convolution of stride 1 of x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O].
+
+    On the CPU by Winograd, where a picture's tiles fit its cache.
+    """
     cpu = cpu_convs.conv if is_concrete(x) and cpu_convs.tiles_fit(x) else _same_conv
     return lax.platform_dependent(x, kernel, cpu=cpu, default=_same_conv)
 
@@ -107,13 +110,10 @@ def _transposed_conv(x: Array, kernel: Array) -> Array:
     # One 2x2 convolution computes the four output phases at once.
     n, h, w, in_features = x.shape
     out_features = kernel.shape[2]
-    zero = jnp.zeros_like(kernel[0])
-    rows = jnp.stack([jnp.stack([kernel[1], zero]), jnp.stack([kernel[2], kernel[0]])])  # [phase, tap, 3, O, I]
-    zero = jnp.zeros_like(rows[:, :, 0])
-    phases = jnp.stack(
-        [jnp.stack([rows[:, :, 1], zero]), jnp.stack([rows[:, :, 2], rows[:, :, 0]])]
-    )  # [phase_w, tap_w, phase_h, tap_h, O, I]
-    merged = phases.transpose(3, 1, 5, 2, 0, 4).reshape(2, 2, in_features, 4 * out_features)
+    padded = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
+    taps = np.array([[1, 3], [2, 0]])  # [phase, tap]; 3 is of the zeros
+    phases = padded[taps][:, :, taps]  # [phase_h, tap_h, phase_w, tap_w, O, I]
+    merged = phases.transpose(1, 3, 5, 0, 2, 4).reshape(2, 2, in_features, 4 * out_features)
     y = conv(x, merged, padding=(0, 1)).reshape(n, h, w, 2, 2, out_features)
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, out_features)
 
@@ -161,7 +161,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init, (k, k, in_features, self.features))
         bias = self.param("bias", bias_init(k * k * in_features), (self.features,))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if (k, self.strides) == (3, 1) and min(in_features, self.features) >= cpu_convs.WINOGRAD_FEATURES:
+        wide = x.dtype != jnp.bfloat16  # Winograd's sums would be rounded to 8 bits
+        if wide and (k, self.strides) == (3, 1) and min(in_features, self.features) >= cpu_convs.WINOGRAD_FEATURES:
             y = same_conv(x, kernel)
         elif (k, self.strides) == (3, 2) and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
             y = halving_conv(x, kernel)

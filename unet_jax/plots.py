@@ -71,11 +71,7 @@ def results_figure(
     figure.suptitle(title)
     grid = figure.subplots(count, 3, squeeze=False)
     for i, row in enumerate(grid):
-        columns = (
-            images[i],
-            colour_labels(labels[i], len(class_names)),
-            colour_labels(predictions[i], len(class_names)),
-        )
+        columns = (images[i], *(colour_labels(array[i], len(class_names)) for array in (labels, predictions)))
         for axes, picture in zip(row, columns, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set(xticks=[], yticks=[])

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -25,8 +25,6 @@ from unet_jax.train import TrainState, init_state, make_model, make_optimizer
 
 FILES = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "metrics.png", "results.png")
 PACKAGES = ("unet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "pillow")
-
-Which = Literal["best", "newest"]
 
 
 @contextlib.contextmanager
@@ -100,17 +98,15 @@ def read_config(folder: Path) -> RunConfig:
         raise InputError(f"{folder}/config.json: {error}") from None
 
 
-def load(
-    folder: Path, placement: Placement, config: RunConfig | None = None, which: Which = "best"
-) -> tuple[RunConfig, Restored]:
+def load(folder: Path, placement: Placement, config: RunConfig | None = None) -> tuple[RunConfig, Restored]:
     """The config of the run in `folder` and its newest sound checkpoint, or its best one where validation chose one.
 
     Raises:
       InputError: there is no run, or no checkpoint that can be read.
     """
     config = config or read_config(folder)
-    best = which == "best" and exists(folder / "best")
-    return config, restore(folder / ("best" if best else "checkpoints"), abstract_state(config), placement.replicated)
+    checkpoints = folder / ("best" if exists(folder / "best") else "checkpoints")
+    return config, restore(checkpoints, abstract_state(config), placement.replicated)
 
 
 def abstract_state(config: RunConfig) -> TrainState:

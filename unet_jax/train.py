@@ -29,8 +29,8 @@ STATISTICS_BATCHES = 20  # that the batch statistics of averaged params are take
 class TrainState(NamedTuple):
     """All that training changes: arrays only. step is an int32 scalar, the steps taken so far.
 
-    averaged, with TrainConfig.ema, is linen's variables with the params' average and, from the end of each epoch on,
-    the batch statistics that belong to it.
+    averaged, with TrainConfig.ema, is linen's variables with the params' average and the batch statistics that belong
+    to it: within an epoch training's own stand in, at its end they are taken anew.
     """
 
     step: Array
@@ -131,7 +131,10 @@ def train_step(
     averaged = state.averaged
     if averaged is not None:
         decay = jnp.minimum(ema, state.step / (state.step + 10))
-        averaged = {**averaged, "params": optax.incremental_update(params, averaged["params"], 1 - decay)}
+        averaged = {
+            "params": optax.incremental_update(params, averaged["params"], 1 - decay),
+            "batch_stats": batch_stats,
+        }
     return TrainState(state.step + 1, params, batch_stats, opt_state, averaged), loss
 
 

@@ -1,7 +1,7 @@
 """Batches on the device, in an order that depends on (seed, epoch) alone."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -48,14 +48,10 @@ def _take(images: Array, labels: Array, indices: Array, weights: Array) -> Batch
     return Batch(images[indices], labels[indices], weights)
 
 
-def _place(array: np.ndarray, sharding: NamedSharding, rows: np.ndarray | None = None) -> Array:
-    """The array, or those rows of it, as a global array: each process reads what its own devices hold, no more."""
-
-    def part(index: Any) -> np.ndarray:
-        return array[index] if rows is None else array[rows[index[0]]]
-
-    shape = array.shape if rows is None else (len(rows), *array.shape[1:])
-    return jax.make_array_from_callback(shape, sharding, part)
+def _place(array: np.ndarray, rows: np.ndarray, sharding: NamedSharding) -> Array:
+    """Those rows of the array as a global array: each process reads what its own devices hold, no more."""
+    shape = (len(rows), *array.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, lambda index: array[rows[index[0]]])
 
 
 class Loader:
@@ -71,8 +67,7 @@ class Loader:
         self.rows = np.arange(len(split.names)) if rows is None else rows
         self._resident = None
         if placement.fits(split.images.nbytes + split.labels.nbytes):
-            arrays = (split.images, split.labels) if rows is None else (split.images[rows], split.labels[rows])
-            self._resident = tuple(_place(a, placement.replicated) for a in arrays)
+            self._resident = tuple(_place(a, self.rows, placement.replicated) for a in (split.images, split.labels))
             self._take = jax.jit(_take, out_shardings=placement.batch)
 
     def __len__(self) -> int:
@@ -98,5 +93,5 @@ class Loader:
         if self._resident is not None:
             return self._take(*self._resident, places, weights)
         rows, sharding = self.rows[places], self.placement.batch
-        images, labels = (_place(a, sharding, rows) for a in (self.split.images, self.split.labels))
-        return Batch(images, labels, _place(weights, sharding))
+        images, labels = (_place(a, rows, sharding) for a in (self.split.images, self.split.labels))
+        return Batch(images, labels, _place(weights, np.arange(len(weights)), sharding))
