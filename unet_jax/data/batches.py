@@ -1,7 +1,7 @@
 """Batches on the device, in an order that depends on (seed, epoch) alone."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -51,7 +51,11 @@ def _take(images: Array, labels: Array, indices: Array, weights: Array) -> Batch
 def _place(array: np.ndarray, rows: np.ndarray, sharding: NamedSharding) -> Array:
     """Those rows of the array as a global array: each process reads what its own devices hold, no more."""
     shape = (len(rows), *array.shape[1:])
-    return jax.make_array_from_callback(shape, sharding, lambda index: array[rows[index[0]]])
+
+    def part(index: Any) -> np.ndarray:
+        return array[rows[index[0]]]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 class Loader:
