@@ -3,8 +3,8 @@
 #
 #     OUT=runs/gpu experiments/gpu.sh --data-dir ~/tensorflow_datasets
 #
-# Flags go to every run of run.py. SEEDS, VARIANTS, BENCHMARK (flags of benchmark.py) and SKIP_TORCH=1 cut it short. The
-# order is that of worth: what a short lease leaves undone is at the end. Expected on an H200, none of it measured as
+# Flags go to every run of run.py. SEEDS, VARIANTS, BENCHMARK and PROFILE (flags of benchmark.py and profile_step.py) and
+# SKIP_TORCH=1 cut it short. The order is that of worth: what a short lease leaves undone is at the end. Expected on an H200, none of it measured as
 # yet: speed 4 minutes, the four runs 1 minute each and seed, PyTorch's 3 minutes each, best 5 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,7 +15,7 @@ run() { # folder, then flags of run.py; a run that fails leaves the others their
 }
 for variant in $variants; do run "$out/seed0/$variant" --variant "$variant" --seed 0 "$@"; done
 [ -e "$out/benchmark/benchmark.md" ] || python experiments/benchmark.py --memory --linen ${BENCHMARK:-} --out "$out/benchmark"
-[ -e "$out/profile.md" ] || python experiments/profile_step.py --image-size 240 --batch-size 64 --out "$out/trace" >"$out/profile.md"
+[ -e "$out/profile.md" ] || python experiments/profile_step.py ${PROFILE:---image-size 240 --batch-size 64} --out "$out/trace" >"$out/profile.md"
 run "$out/best" --variant best --validation-fraction 0.1 "$@"
 for seed in $seeds; do
     for variant in $variants; do
