@@ -211,9 +211,8 @@ def cell(options: Options, variant: str, work: Work, size: int, batch: int) -> d
     times = measure(contenders, options.repeats)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        pytorch_reference.UNet(VARIANTS[variant].downsampling, VARIANTS[variant].upsampling)(
-            torch.zeros(1, 3, size, size)
-        )
+        network = pytorch_reference.UNet(VARIANTS[variant].downsampling, VARIANTS[variant].upsampling)
+        network.eval()(torch.zeros(1, 3, size, size))
     flops = counter.get_total_flops() * batch * (3 if work == "train" else 1)
     # The ratio turn by turn: both of a turn met the machine at about the same speed.
     best = min((n for n in times if n.startswith("torch")), key=lambda n: medians[n])

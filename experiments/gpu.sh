@@ -4,27 +4,36 @@
 #     OUT=runs/gpu experiments/gpu.sh --data-dir ~/tensorflow_datasets
 #
 # Flags go to every run of run.py. SEEDS, VARIANTS, BENCHMARK and PROFILE (flags of benchmark.py and profile_step.py) and
-# SKIP_TORCH=1 cut it short. The order is that of worth: what a short lease leaves undone is at the end. Expected on an H200, none of it measured as
-# yet: speed 4 minutes, the four runs 1 minute each and seed, PyTorch's 3 minutes each, best 5 minutes.
+# SKIP_TORCH=1 cut it short. The order is that of worth: what is left undone where time is short is at the end. Expected
+# on an H200, none of it measured as yet: speed 4 minutes, the four runs 1 minute each and seed, PyTorch's 3 minutes
+# each, best 5 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/gpu} seeds=${SEEDS:-0 1 2} variants=${VARIANTS:-mp_tr_ce mp_tr_dice strconv_tr_ce strconv_ups_dice}
 mkdir -p "$out"
-run() { # folder, then flags of run.py; a run that fails leaves the others their time
-    python experiments/run.py --workdir "$@" || echo "failed: $*" >>"$out/failed.txt"
+try() { # what fails leaves the others their time
+    python "$@" || echo "failed: $*" >>"$out/failed.txt"
+}
+run() { # folder, then flags of run.py
+    try experiments/run.py --workdir "$@"
 }
 for variant in $variants; do run "$out/seed0/$variant" --variant "$variant" --seed 0 "$@"; done
-[ -e "$out/benchmark/benchmark.md" ] || python experiments/benchmark.py --memory --linen ${BENCHMARK:-} --out "$out/benchmark"
-[ -e "$out/profile.md" ] || python experiments/profile_step.py ${PROFILE:---image-size 240 --batch-size 64} --out "$out/trace" >"$out/profile.md"
+[ -e "$out/benchmark/benchmark.md" ] || try experiments/benchmark.py --memory --linen ${BENCHMARK:-} --out "$out/benchmark"
+[ -s "$out/profile.md" ] || try experiments/profile_step.py ${PROFILE:---image-size 240 --batch-size 64} --out "$out/trace" >"$out/profile.md"
 run "$out/best" --variant best --validation-fraction 0.1 "$@"
 for seed in $seeds; do
     for variant in $variants; do
         run "$out/seed$seed/$variant" --variant "$variant" --seed "$seed" "$@"
-        [ -n "${SKIP_TORCH:-}" ] || [ "$seed" != 0 ] || [ -e "$out/pytorch/$variant" ] ||
-            python experiments/train_pytorch.py "$out/seed0/$variant" --out "$out/pytorch/$variant"
+        theirs=$out/pytorch/$variant
+        if [ -z "${SKIP_TORCH:-}" ] && [ "$seed" = 0 ] && [ ! -e "$theirs" ]; then
+            rm -rf "$theirs.part" # it cannot go on where it was stopped
+            if python experiments/train_pytorch.py "$out/seed0/$variant" --out "$theirs.part"; then
+                mv "$theirs.part" "$theirs"
+            fi
+        fi
     done
 done
 for variant in $variants; do # bfloat16, the default there, against float32
     run "$out/float32/$variant" --variant "$variant" --precision float32 "$@"
 done
-python experiments/report.py "$out"/seed*/* "$out"/float32/* "$out"/pytorch/* "$out/best" --out "$out"
+try experiments/report.py "$out"/seed*/* "$out"/float32/* "$out"/pytorch/* "$out/best" --out "$out"
