@@ -102,8 +102,8 @@ def comparison_figure(
     figure.suptitle(title)
     for place, (name, curves) in enumerate(runs.items(), 1):
         axes: Any = figure.add_subplot(rows, columns, place)
-        if points := published.get(name, {}):
-            axes.plot(list(points), list(points.values()), "kx", ms=5, label="test, published")
+        points = published.get(name, {})
+        axes.plot(list(points), list(points.values()), "kx", ms=5, label="test, published")
         for i, (label, records) in enumerate(curves.items()):
             of = f", {label}" if len(curves) > 1 else ""
             part = "test" if "test_loss" in records[-1] else "validation"
