@@ -123,11 +123,12 @@ def kernel_gradient(x: Array, g: Array) -> Array:
         return [[v.T @ m for v, m in zip(*rows, strict=True)] for rows in zip(tiles, gradients, strict=True)]
 
     size = math.gcd(*(_chunk(len(a), 4 * a.nbytes) for a in (x, g)))
-    chunks = [a.reshape(-1, size, *a.shape[1:]) for a in (x, g)]
-    total = of(chunks[0][0], chunks[1][0])
-    if size < len(x):
-        rest = (chunks[0][1:], chunks[1][1:])
-        total, _ = lax.scan(lambda sums, xg: (jax.tree.map(jnp.add, sums, of(*xg)), None), total, rest)
+    if size == len(x):
+        total = of(x, g)
+    else:
+        chunks = [a.reshape(-1, size, *a.shape[1:]) for a in (x, g)]
+        zeros = [[jnp.zeros((x.shape[-1], g.shape[-1]), x.dtype)] * 4] * 4
+        total, _ = lax.scan(lambda sums, xg: (jax.tree.map(jnp.add, sums, of(*xg)), None), zeros, chunks)
     return jnp.stack([jnp.stack(row) for row in _both_axes(_kernel_transform_transposed, total)])
 
 
