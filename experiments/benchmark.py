@@ -8,6 +8,12 @@ eager and through torch.compile (inference; on a GPU training too), channels_las
 contender: of the device on a GPU, else of the process.
 """
 
+from unet_jax.huge_pages import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()  # before what takes long to import
+
+
 import contextlib
 import dataclasses
 import functools
@@ -27,14 +33,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two framework
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytorch_reference
 import torch
 import tyro
+from profile_step import constant_batch, set_up
 from torch.utils.flop_counter import FlopCounterMode
 
 from unet_jax import device, model, plots, runs, train
-from unet_jax.config import PUBLISHED, VARIANTS, default_config
+from unet_jax.config import PUBLISHED, VARIANTS
 from unet_jax.data.batches import Batch
 from unet_jax.errors import exit_on_input_error
 
@@ -62,13 +68,10 @@ class Options:
     """Folder for benchmark.json, benchmark.md and benchmark.png."""
 
 
-def ours(variant: str, work: Work, images: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:
+def ours(variant: str, work: Work, batch: Batch) -> Callable[[], Any]:
     """A function that does one step of ours and waits for it."""
-    place = device.placement()
-    config = default_config(variant, "synthetic")
-    steps, network = train.make_steps(config, place), train.make_model(config.model, 3)
-    state = jax.device_put(train.init_state(network, train.make_optimizer(config.train), 0), place.replicated)
-    batch = jax.device_put(Batch(images, labels, np.ones(len(images), np.float32)), place.batch)
+    config, steps, state, batch = set_up(variant, batch)
+    network = train.make_model(config.model, 3)
     if work == "inference":
         infer = jax.jit(functools.partial(train.infer, model=network), compiler_options=device.compiler_options())
         return lambda: jax.block_until_ready(infer(state, batch.images))
@@ -115,25 +118,25 @@ LINEN = {
 }
 
 
-def linen(variant: str, work: Work, images: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:
+def linen(variant: str, work: Work, batch: Batch) -> Callable[[], Any]:
     """The same with linen's own layers, compiled as jit does by itself."""
     with contextlib.ExitStack() as exchanged:
         for name, layer in LINEN.items():
             exchanged.enter_context(mock.patch.object(model, name, layer))
         for module in (device, train):
             exchanged.enter_context(mock.patch.object(module, "compiler_options", return_value={}))
-        step = ours(variant, work, images, labels)
+        step = ours(variant, work, batch)
         step()  # is traced now
     return step
 
 
-def theirs(variant: str, work: Work, images: np.ndarray, labels: np.ndarray, compiled: bool) -> Callable[[], Any]:
+def theirs(variant: str, work: Work, batch: Batch, compiled: bool) -> Callable[[], Any]:
     """The same of PyTorch, with what its users would turn on."""
     row, where = VARIANTS[variant], "cuda" if ON_GPU else "cpu"
     torch.backends.cudnn.benchmark = True
     network: Any = pytorch_reference.UNet(row.downsampling, row.upsampling).to(where, memory_format=torch.channels_last)
-    x = torch.from_numpy(images).to(where).permute(0, 3, 1, 2)  # NHWC in memory: channels_last
-    y = torch.from_numpy(labels).long().to(where)
+    x = torch.from_numpy(batch.images).to(where).permute(0, 3, 1, 2)  # NHWC in memory: channels_last
+    y = torch.from_numpy(batch.labels).long().to(where)
     network.train(work == "train")
     forward = torch.compile(network) if compiled else network
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
@@ -179,16 +182,10 @@ def matrix_peak() -> float:
     return 2 * n**3 / min(times)
 
 
-def constant_batch(size: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [batch, size, size, 3] and labels uint8 [batch, size, size]."""
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 256, (batch, size, size, 3), np.uint8), rng.integers(0, 3, (batch, size, size), np.uint8)
-
-
 def peak_memory(name: str, variant: str, work: Work, size: int, batch: int) -> int:
     """Bytes that three steps of a contender take at most; to be called in a process that has done nothing else."""
     data = constant_batch(size, batch)
-    step = ours(variant, work, *data) if name == "ours" else theirs(variant, work, *data, compiled=False)
+    step = ours(variant, work, data) if name == "ours" else theirs(variant, work, data, compiled=False)
     for _ in range(3):
         step()
     if not ON_GPU:  # not getrusage's maximum, which a process inherits from the one that starts it
@@ -203,11 +200,11 @@ def peak_memory(name: str, variant: str, work: Work, size: int, batch: int) -> i
 def cell(options: Options, variant: str, work: Work, size: int, batch: int) -> dict[str, Any]:
     """The times of one cell, and what follows from them."""
     data = constant_batch(size, batch)
-    contenders = {"ours": ours(variant, work, *data), "torch eager": theirs(variant, work, *data, compiled=False)}
+    contenders = {"ours": ours(variant, work, data), "torch eager": theirs(variant, work, data, compiled=False)}
     if options.torch_compile and (ON_GPU or work == "inference"):
-        contenders["torch.compile"] = theirs(variant, work, *data, compiled=True)
+        contenders["torch.compile"] = theirs(variant, work, data, compiled=True)
     if options.linen:
-        contenders["linen"] = linen(variant, work, *data)
+        contenders["linen"] = linen(variant, work, data)
     times = measure(contenders, options.repeats)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     with FlopCounterMode(display=False) as counter, torch.inference_mode():

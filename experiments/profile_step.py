@@ -5,6 +5,12 @@ time by layer and operation. On the CPU several threads work at once, and a conv
 from one another: times are busy thread time of what XLA names, so read the shares, and "untold" for the rest.
 """
 
+from unet_jax.huge_pages import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()  # before what takes long to import
+
+
 import collections
 import dataclasses
 import re
@@ -15,8 +21,8 @@ import jax
 import numpy as np
 import tyro
 
-from unet_jax import device, train
-from unet_jax.config import default_config
+from unet_jax import device, runs, train
+from unet_jax.config import RunConfig, default_config
 from unet_jax.data.batches import Batch
 from unet_jax.errors import exit_on_input_error
 
@@ -37,6 +43,20 @@ class Options:
     """Rows of the table."""
     out: Path = Path("trace")
     """Folder of the trace."""
+
+
+def constant_batch(size: int, count: int) -> Batch:
+    """Random images uint8 [count, size, size, 3] and labels uint8 [count, size, size], the same at each call."""
+    rng, shape = np.random.default_rng(0), (count, size, size)
+    images, labels = rng.integers(0, 256, (*shape, 3), np.uint8), rng.integers(0, 3, shape, np.uint8)
+    return Batch(images, labels, np.ones(count, np.float32))
+
+
+def set_up(variant: str, batch: Batch) -> tuple[RunConfig, train.Steps, train.TrainState, Batch]:
+    """A variant's config, its steps, its fresh state and the batch, both on the device."""
+    config, place = default_config(variant, "synthetic"), device.placement()
+    state = jax.device_put(runs.fresh_state(config), place.replicated)
+    return config, train.make_steps(config, place), state, jax.device_put(batch, place.batch)
 
 
 def busy_seconds(folder: Path) -> dict[str, float]:
@@ -62,13 +82,8 @@ def layer_of(hlo: str) -> dict[str, str]:
 
 
 def main(options: Options) -> None:
-    config, place = default_config(options.variant, "synthetic"), device.placement()
-    model = train.make_model(config.model, 3)
-    state = jax.device_put(train.init_state(model, train.make_optimizer(config.train), 0), place.replicated)
-    size, rng = (options.batch_size, options.image_size, options.image_size), np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (*size, 3), np.uint8), rng.integers(0, 3, size, np.uint8)
-    batch = jax.device_put(Batch(images, labels, np.ones(len(images), np.float32)), place.batch)
-    step = train.make_steps(config, place).train.lower(state, batch).compile()  # type: ignore[attr-defined]
+    _, steps, state, batch = set_up(options.variant, constant_batch(options.image_size, options.batch_size))
+    step = steps.train.lower(state, batch).compile()  # type: ignore[attr-defined]
     state, _ = jax.block_until_ready(step(state, batch))
     with jax.profiler.trace(options.out):
         start = time.perf_counter()

@@ -1,5 +1,11 @@
 """Trains a variant of the U-Net and writes its run folder: `python experiments/run.py --variant mp_tr_dice`."""
 
+from unet_jax.huge_pages import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()  # before what takes long to import
+
+
 import argparse
 import dataclasses
 import math
@@ -100,7 +106,7 @@ def parse(argv: Sequence[str]) -> list[Options]:
 
 def train_run(options: Options, placement: "Placement") -> None:
     """Makes one run, or what is left of it: from the checks before the first file to the figures after the last."""
-    from unet_jax import processes, runs
+    from unet_jax import checkpoint, processes, runs
     from unet_jax.data.batches import Loader, validation_rows
     from unet_jax.train import make_steps
 
@@ -120,18 +126,19 @@ def train_run(options: Options, placement: "Placement") -> None:
     train = Loader(splits["train"], batch_size, placement, training)
     test = Loader(splits["test"], batch_size, placement)
     held_out = Loader(splits["train"], batch_size, placement, validation) if len(validation) else test
-    initial = start_from(config, placement)
+    goes_on = not options.overwrite and checkpoint.exists(folder / "checkpoints")
+    initial = None if goes_on else start_from(config, placement)  # what it refuses leaves no folder behind
     with runs.lock(folder):
         if options.overwrite:
             runs.clear(folder)
-        restored = resume(folder, config, placement)
-        if restored and restored.progress.steps(len(train)) != int(restored.state.step):
+        start = initial or resume(folder, config, placement)
+        if start.progress.steps(len(train)) != int(start.state.step):
             raise InputError(f"{folder} was trained on other pictures: choose another --workdir, or --overwrite")
         runs.write_json(folder / "config.json", to_dict(config))
         runs.write_json(folder / "environment.json", runs.environment())
         print(f"{config.variant} on {config.data.dataset}: {len(train)} steps an epoch, files in {folder}")
         steps = make_steps(config, placement, options.deterministic, len(train))
-        state, records = train_epochs(config, folder, steps, train, held_out, restored or initial)
+        state, records = train_epochs(config, folder, steps, train, held_out, start)
         finish(config, folder, steps, state, records, test)
 
 
@@ -176,8 +183,7 @@ def start_from(config: RunConfig, placement: "Placement") -> "Restored":
     from unet_jax import runs, train
     from unet_jax.checkpoint import Progress, Restored
 
-    model = train.make_model(config.model, len(config.data.class_names))
-    state = train.init_state(model, train.make_optimizer(config.train), config.train.seed, ema=config.train.ema)
+    state = runs.fresh_state(config)
     if config.train.init_from:
         other = Path(config.train.init_from)
         theirs, restored = runs.load(other, placement)
@@ -189,13 +195,11 @@ def start_from(config: RunConfig, placement: "Placement") -> "Restored":
     return Restored(jax.device_put(state, placement.replicated), Progress([], []), [])
 
 
-def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored | None":
-    """The newest sound checkpoint of an unfinished run, its metrics.jsonl brought in line; None if there is none."""
-    from unet_jax import checkpoint, runs
+def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored":
+    """The newest sound checkpoint of an unfinished run, its metrics.jsonl brought in line."""
+    from unet_jax import runs
 
-    if not checkpoint.exists(folder / "checkpoints"):
-        return None
-    restored = checkpoint.restore(folder / "checkpoints", runs.abstract_state(config), placement.replicated)
+    restored = runs.restored(config, folder / "checkpoints", placement)
     for line in restored.skipped:
         print(line, file=sys.stderr)
     runs.write_records(folder, restored.progress.records)
@@ -298,13 +302,15 @@ class Display:
             self.bar.write(line)
 
     def epoch(self, record: dict[str, Any]) -> None:
-        part, prefix = ("Validation part", "validation_") if "validation_loss" in record else ("Test set", "")
-        loss = record["validation_loss" if prefix else "test_loss"]
+        from unet_jax.metrics import held_out
+
+        part, scores = held_out(record)
+        name = {"test": "Test set", "validation": "Validation part"}[part]
         self.bar.set_postfix_str(f"loss {record['last_batch_loss']:.4f}")
         self.close()
         print(
-            f"{part}: average loss {loss:.4f},"
-            f" mean IoU {record[f'{prefix}mean_iou']:.4f}, pixel accuracy {record[f'{prefix}pixel_accuracy']:.4f}"
+            f"{name}: average loss {scores['loss']:.4f},"
+            f" mean IoU {scores['mean_iou']:.4f}, pixel accuracy {scores['pixel_accuracy']:.4f}"
         )
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ def make_run(folder, downsampling="max_pool", upsampling="transposed_conv"):
             return np.ones(x.shape, x.dtype)
         return rng.uniform(-2.5, 2.5, x.shape).astype(x.dtype) / np.sqrt(np.prod(x.shape[:3]), dtype=x.dtype)
 
-    state = jax.tree.map(weights, runs.abstract_state(config))
+    state = jax.tree.map(weights, runs.fresh_state(config))
     folder.mkdir()
     runs.write_json(folder / "config.json", to_dict(config))
     with checkpoint.manager(folder / "checkpoints", 0) as checkpoints:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from unet_jax.metrics import held_out
+
 if TYPE_CHECKING:  # matplotlib takes a second to import: only who draws waits for it
     from matplotlib.figure import Figure
 
@@ -41,12 +43,13 @@ def metrics_figure(records: Sequence[Mapping[str, Any]], title: str) -> "Figure"
     losses, iou = figure.subplots(1, 2)
     epochs = [r["epoch"] for r in records]
     losses.plot(epochs, [r["train_loss"] for r in records], "o-", ms=3, label="train (mean of the epoch)")
-    part, prefix = ("test", "") if "test_loss" in records[-1] else ("validation", "validation_")
-    losses.plot(epochs, [r[f"{part}_loss"] for r in records], "o-", ms=3, label=part)
+    part, _ = held_out(records[-1])
+    scores = [metrics for _, metrics in map(held_out, records)]
+    losses.plot(epochs, [s["loss"] for s in scores], "o-", ms=3, label=part)
     losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    iou.plot(epochs, [r[f"{prefix}mean_iou"] for r in records], "k-o", ms=3, lw=2, label="mean")
-    for name in records[-1][f"{prefix}iou"]:
-        iou.plot(epochs, [r[f"{prefix}iou"][name] for r in records], "o-", ms=2, lw=1, label=name)
+    iou.plot(epochs, [s["mean_iou"] for s in scores], "k-o", ms=3, lw=2, label="mean")
+    for name in scores[-1]["iou"]:
+        iou.plot(epochs, [s["iou"][name] for s in scores], "o-", ms=2, lw=1, label=name)
     iou.set(xlabel="epoch", ylabel=f"{part} IoU", ylim=(0, 1))
     for axes in (losses, iou):
         axes.legend(frameon=False)
@@ -106,11 +109,11 @@ def comparison_figure(
         axes.plot(list(points), list(points.values()), "kx", ms=5, label="test, published")
         for i, (label, records) in enumerate(curves.items()):
             of = f", {label}" if len(curves) > 1 else ""
-            part = "test" if "test_loss" in records[-1] else "validation"
+            part, _ = held_out(records[-1])
             epochs = [r["epoch"] for r in records]
-            losses, ours = [r["train_loss"] for r in records], [r[f"{part}_loss"] for r in records]
+            losses, others = [r["train_loss"] for r in records], [r[f"{part}_loss"] for r in records]
             axes.plot(epochs, losses, "--", color=f"C{i}", lw=1, label=f"train{of}")
-            axes.plot(epochs, ours, "o-", color=f"C{i}", ms=3, label=f"{part}{of}")
+            axes.plot(epochs, others, "o-", color=f"C{i}", ms=3, label=f"{part}{of}")
         axes.set(title=name, xlabel="epoch", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,15 +106,18 @@ def load(folder: Path, placement: Placement, config: RunConfig | None = None) ->
       InputError: there is no run, or no checkpoint that can be read.
     """
     config = config or read_config(folder)
-    checkpoints = folder / ("best" if exists(folder / "best") else "checkpoints")
-    return config, restore(checkpoints, abstract_state(config), placement.replicated)
+    return config, restored(config, folder / ("best" if exists(folder / "best") else "checkpoints"), placement)
 
 
-def abstract_state(config: RunConfig) -> TrainState:
-    """Shapes and dtypes of the run's train state."""
-    model = make_model(config.model, len(config.data.class_names))
-    train = config.train
-    return jax.eval_shape(lambda: init_state(model, make_optimizer(train), train.seed, ema=train.ema))
+def restored(config: RunConfig, checkpoints: Path, placement: Placement) -> Restored:
+    """The newest sound checkpoint in the folder `checkpoints` of a run of this config; InputError if there is none."""
+    return restore(checkpoints, jax.eval_shape(partial(fresh_state, config)), placement.replicated)
+
+
+def fresh_state(config: RunConfig) -> TrainState:
+    """The train state at step 0, of initial weights."""
+    model, train = make_model(config.model, len(config.data.class_names)), config.train
+    return init_state(model, make_optimizer(train), train.seed, ema=train.ema)
 
 
 def is_finished(folder: Path, epochs: int) -> bool:
