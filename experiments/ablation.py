@@ -1,9 +1,10 @@
 """What each piece of a recipe brings, on the validation part: a table of settings, each trained with several seeds.
 
-    python experiments/ablation.py --seeds 0 1 --out runs/ablation --dataset oxford_iiit_pet --image-size 64 --epochs 20
+    python experiments/ablation.py --seeds 0 1 --dataset oxford_iiit_pet --image-size 64 --epochs 20
 
-Flags that are not its own go to run.py, for every setting alike. Started again it goes on where it was: finished runs
-are left alone. ablation.md has the last epoch's validation mean IoU and its difference to `base` with the same seed.
+`all` has every piece, the other rows lack one or have another for it, and `base` has none. Flags that are not the
+script's own go to run.py, for every setting alike. Started again it goes on where it was: finished runs are left alone.
+ablation.md has the last epoch's validation mean IoU and its difference to `all` with the same seed.
 """
 
 import argparse
@@ -25,21 +26,29 @@ PIECES = {
     "ema": "--ema 0.998",
     "decay": "--weight-decay 0.01 --clip-norm 1",
 }
+
+
+def without(name: str, instead: str = "") -> str:
+    """The flags of all pieces but one."""
+    return " ".join([*(flags for other, flags in PIECES.items() if other != name), instead])
+
+
 SETTINGS = {
+    "all": without(""),
     "base": "",
-    "+norm_relu": "--block norm_relu",
-    "+basic": "--augment basic",
-    **{f"+{name}": flags for name, flags in PIECES.items()},
-    "all": " ".join(PIECES.values()),
-    **{f"all-{out}": " ".join(flags for name, flags in PIECES.items() if name != out) for out in PIECES},
+    "all-residual": without("residual"),
+    "all-residual+norm_relu": without("residual", "--block norm_relu"),
+    "all-strong": without("strong"),
+    "all-strong+basic": without("strong", "--augment basic"),
+    **{f"all-{name}": without(name) for name in ("cosine", "ema", "decay")},
 }
 
 
 def table(scores: dict[str, dict[int, float]]) -> str:
-    """Markdown, a row a setting: mean over the seeds (lowest to highest), of the score and of its gain on the base."""
-    lines = ["| setting | seeds | validation mean IoU | difference to base |", "|---|---|---|---|"]
+    """Markdown, a row a setting: mean over the seeds (lowest to highest), of the score and of its gain on `all`."""
+    lines = ["| setting | seeds | validation mean IoU | difference to all |", "|---|---|---|---|"]
     for name, by_seed in scores.items():
-        gains = [score - scores["base"][seed] for seed, score in by_seed.items() if seed in scores["base"]]
+        gains = [score - scores["all"][seed] for seed, score in by_seed.items()]
         lines.append(f"| {name} | {len(by_seed)} | {spread(by_seed.values())} | {spread(gains, '+.4f')} |")
     return "\n".join(lines) + "\n"
 
@@ -48,11 +57,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="base is always among them")
+    parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="all is always among them")
     own, others = parser.parse_known_args()
     scores: dict[str, dict[int, float]] = {}
     for seed in own.seeds:
-        for name in dict.fromkeys(["base", *own.only]):
+        for name in dict.fromkeys(["all", *own.only]):
             folder = own.out / f"{name}-{seed}"
             flags = [*BASE.split(), *SETTINGS[name].split(), "--seed", str(seed), "--workdir", str(folder), *others]
             if status := subprocess.run([sys.executable, Path(__file__).with_name("run.py"), *flags]).returncode:

@@ -26,6 +26,7 @@ from unet_jax.errors import InputError, exit_on_input_error
 from unet_jax.metrics import PictureSums, picture_sums, scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OURS_ALONE = ("class_weights", "schedule", "warmup_epochs", "weight_decay", "clip_norm", "ema", "augment", "init_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,63 +60,64 @@ def evaluate(config: RunConfig, network: Any, test: Split) -> dict[str, Any]:
     return {"test_loss": float(np.mean(losses)), **scores(sums, config.data.class_names)}
 
 
-def main(options: Options) -> None:
-    config = runs.read_config(options.run)
-    data, train_config, size = config.data, config.train, config.train.batch_size
-    if not hasattr(pytorch_reference, train_config.loss):
-        raise InputError(f"{options.run} has the loss {train_config.loss}, which the PyTorch side lacks")
-    ours_alone = (
-        "class_weights",
-        "schedule",
-        "warmup_epochs",
-        "weight_decay",
-        "clip_norm",
-        "ema",
-        "augment",
-        "init_from",
-    )
-    changed = [name for name in ours_alone if getattr(train_config, name) != getattr(TrainConfig, name)]
-    if changed or data.validation_fraction or config.model.block != "relu_norm":
+def check(options: Options, config: RunConfig) -> None:
+    """Raises InputError for a run that the PyTorch side cannot repeat, or a folder that is taken."""
+    train = config.train
+    if not hasattr(pytorch_reference, train.loss):
+        raise InputError(f"{options.run} has the loss {train.loss}, which the PyTorch side lacks")
+    changed = [name for name in OURS_ALONE if getattr(train, name) != getattr(TrainConfig, name)]
+    if changed or config.data.validation_fraction or config.model.block != "relu_norm":
         raise InputError(f"{options.run} has settings that the PyTorch side lacks: a published variant has none")
     if (options.out / "metrics.jsonl").exists():
         raise InputError(f"{options.out} holds a run already: choose another --out")
+
+
+def train_epoch(config: RunConfig, network: Any, optimizer: torch.optim.Optimizer, train: Split, epoch: int) -> dict:
+    """One epoch: the part of its record that training fills."""
+    start, losses, size = time.perf_counter(), [], config.train.batch_size
+    order = shuffled(len(train.names), config.train.seed, epoch)
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    network.train()
+    for rows in tqdm(batches, f"epoch {epoch}", unit="step"):
+        loss = getattr(pytorch_reference, config.train.loss)(*forward(network, train, rows))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    values = torch.stack(losses).tolist()  # waits for the device
+    seconds = time.perf_counter() - start
+    return {
+        "epoch": epoch,
+        "train_loss": float(np.average(values, weights=[len(rows) for rows in batches])),
+        "last_batch_loss": values[-1],
+        "learning_rate": config.train.learning_rate,
+        "seconds": seconds,
+        "images_per_second": len(order) / seconds,
+    }
+
+
+def main(options: Options) -> None:
+    config = runs.read_config(options.run)
+    check(options, config)
+    data, model = config.data, config.model
     counts = {"train": data.train_examples, "test": data.test_examples}
-    found = sources(data, train_config.seed)
+    found = sources(data, config.train.seed)
     train, test = (load_split(found[s], data.image_size, n, default_cache_dir()) for s, n in counts.items())
-    torch.manual_seed(train_config.seed)
-    model = config.model
+    torch.manual_seed(config.train.seed)
     network: Any = pytorch_reference.UNet(
         model.downsampling, model.upsampling, model.widths, len(data.class_names), model.dropout_rate
     ).to(DEVICE, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(network.parameters(), lr=train_config.learning_rate)
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.train.learning_rate)
     options.out.mkdir(parents=True, exist_ok=True)
     runs.write_json(options.out / "config.json", to_dict(config))
     framework = {"framework": "pytorch", "torch": torch.__version__, "torch_device": DEVICE}
     runs.write_json(options.out / "environment.json", runs.environment() | framework)
     records: list[dict[str, Any]] = []
-    for epoch in range(1, train_config.epochs + 1):
-        start, losses = time.perf_counter(), []
-        order = shuffled(len(train.names), train_config.seed, epoch)
-        network.train()
-        for first in tqdm(range(0, len(order), size), f"epoch {epoch}", unit="step"):
-            loss = getattr(pytorch_reference, train_config.loss)(*forward(network, train, order[first : first + size]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        values = torch.stack(losses).tolist()
-        seconds = time.perf_counter() - start
-        weights = [len(order[first : first + size]) for first in range(0, len(order), size)]
-        record = {
-            "epoch": epoch,
-            "train_loss": float(np.average(values, weights=weights)),
-            "last_batch_loss": values[-1],
-        }
-        record |= evaluate(config, network.eval(), test)
-        record |= {"learning_rate": train_config.learning_rate, "seconds": seconds}
-        records.append({**record, "images_per_second": len(order) / seconds})
+    for epoch in range(1, config.train.epochs + 1):
+        record = train_epoch(config, network, optimizer, train, epoch)
+        records.append(record | evaluate(config, network.eval(), test))
         runs.write_records(options.out, records)
-        print(f"Test set: average loss {record['test_loss']:.4f}, mean IoU {record['mean_iou']:.4f}")
+        print(f"Test set: average loss {records[-1]['test_loss']:.4f}, mean IoU {records[-1]['mean_iou']:.4f}")
 
 
 if __name__ == "__main__":

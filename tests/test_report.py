@@ -82,8 +82,8 @@ def test_ablation_settings_are_flags_of_run_py():
 
 
 def test_ablation_table_pairs_seeds():
-    text = ablation.table({"base": {0: 0.5, 1: 0.6}, "+ema": {0: 0.55, 1: 0.62}})
+    text = ablation.table({"all": {0: 0.5, 1: 0.6}, "all-ema": {0: 0.45, 1: 0.58}})
     assert text.splitlines()[2:] == [
-        "| base | 2 | 0.5500 (0.5000 to 0.6000) | +0.0000 (+0.0000 to +0.0000) |",
-        "| +ema | 2 | 0.5850 (0.5500 to 0.6200) | +0.0350 (+0.0200 to +0.0500) |",
+        "| all | 2 | 0.5500 (0.5000 to 0.6000) | +0.0000 (+0.0000 to +0.0000) |",
+        "| all-ema | 2 | 0.5150 (0.4500 to 0.5800) | -0.0350 (-0.0500 to -0.0200) |",
     ]
