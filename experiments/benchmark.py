@@ -8,12 +8,6 @@ eager and through torch.compile (inference; on a GPU training too), channels_las
 contender: of the device on a GPU, else of the process.
 """
 
-from unet_jax.huge_pages import use_huge_pages
-
-if __name__ == "__main__":
-    use_huge_pages()  # before what takes long to import
-
-
 import contextlib
 import dataclasses
 import functools

@@ -1,11 +1,5 @@
 """Evaluates a run's checkpoint on a split of a dataset: `python experiments/evaluate.py runs/mp_tr_dice`."""
 
-from unet_jax.huge_pages import use_huge_pages
-
-if __name__ == "__main__":
-    use_huge_pages()  # before what takes long to import
-
-
 import dataclasses
 import sys
 from pathlib import Path

@@ -1,11 +1,5 @@
 """Segments pictures with a run's checkpoint: `python experiments/predict.py runs/mp_tr_dice photos/ --out masks`."""
 
-from unet_jax.huge_pages import use_huge_pages
-
-if __name__ == "__main__":
-    use_huge_pages()  # before what takes long to import
-
-
 import dataclasses
 import glob
 import itertools

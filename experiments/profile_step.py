@@ -5,12 +5,6 @@ time by layer and operation. On the CPU several threads work at once, and a conv
 from one another: times are busy thread time of what XLA names, so read the shares, and "untold" for the rest.
 """
 
-from unet_jax.huge_pages import use_huge_pages
-
-if __name__ == "__main__":
-    use_huge_pages()  # before what takes long to import
-
-
 import collections
 import dataclasses
 import re

@@ -1,11 +1,5 @@
 """Trains a variant of the U-Net and writes its run folder: `python experiments/run.py --variant mp_tr_dice`."""
 
-from unet_jax.huge_pages import use_huge_pages
-
-if __name__ == "__main__":
-    use_huge_pages()  # before what takes long to import
-
-
 import argparse
 import dataclasses
 import math
