@@ -20,7 +20,6 @@ from unet_jax.errors import exit_on_input_error
 # name -> flags of run.py
 BASE = "--variant mp_tr_ce --loss cross_entropy+soft_dice --batch-size 32 --validation-fraction 0.2"
 PIECES = {
-    "residual": "--block residual",
     "strong": "--augment strong",
     "cosine": "--schedule cosine --warmup-epochs 1",
     "ema": "--ema 0.998",
@@ -36,8 +35,6 @@ def without(name: str, instead: str = "") -> str:
 SETTINGS = {
     "all": without(""),
     "base": "",
-    "all-residual": without("residual"),
-    "all-residual+norm_relu": without("residual", "--block norm_relu"),
     "all-strong": without("strong"),
     "all-strong+basic": without("strong", "--augment basic"),
     **{f"all-{name}": without(name) for name in ("cosine", "ema", "decay")},

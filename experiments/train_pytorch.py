@@ -66,7 +66,7 @@ def check(options: Options, config: RunConfig) -> None:
     if not hasattr(pytorch_reference, train.loss):
         raise InputError(f"{options.run} has the loss {train.loss}, which the PyTorch side lacks")
     changed = [name for name in OURS_ALONE if getattr(train, name) != getattr(TrainConfig, name)]
-    if changed or config.data.validation_fraction or config.model.block != "relu_norm":
+    if changed or config.data.validation_fraction:
         raise InputError(f"{options.run} has settings that the PyTorch side lacks: a published variant has none")
     if (options.out / "metrics.jsonl").exists():
         raise InputError(f"{options.out} holds a run already: choose another --out")

@@ -77,7 +77,7 @@ def test_ablation_settings_are_flags_of_run_py():
     assert all(config.data.validation_fraction == 0.2 for config in configs.values())
     assert len(set(configs.values())) == len(ablation.SETTINGS)
     everything = configs["all"]
-    assert (everything.model.block, everything.train.augment, everything.train.ema) == ("residual", "strong", 0.998)
+    assert (everything.train.schedule, everything.train.augment, everything.train.ema) == ("cosine", "strong", 0.998)
     assert configs["all-strong"] == replace(everything, train=replace(everything.train, augment="none"))
 
 

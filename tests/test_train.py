@@ -1,6 +1,7 @@
 """The training loop: steps, evaluation, order of batches, compilations, and going on exactly."""
 
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -10,11 +11,12 @@ import optax
 import pytest
 
 from unet_jax import device, train
-from unet_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from unet_jax.data.batches import Loader, shuffled, validation_rows
+from unet_jax.config import PUBLISHED, DataConfig, ModelConfig, RunConfig, TrainConfig, default_config
+from unet_jax.data.batches import Batch, Loader, shuffled, validation_rows
 from unet_jax.data.cache import Split
 from unet_jax.errors import InputError
 from unet_jax.layers import conv
+from unet_jax.losses import make_loss
 
 CONFIG = RunConfig(
     "mp_tr_dice",
@@ -267,3 +269,21 @@ def test_a_loader_of_some_rows(placement, monkeypatch):
         np.testing.assert_array_equal(np.concatenate([b.labels for b in batches]), split.labels[expected])
         assert [np.asarray(b.weights).sum() for b in loader.evaluation()] == [4, 1]
         np.testing.assert_array_equal(next(loader.evaluation()).images, split.images[rows[:4]])
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_a_gpu_is_given_bfloat16_convolutions_and_none_of_the_cpu_forms(variant):
+    """Lowered for CUDA, which needs no GPU: what XLA's compiler for it would be given."""
+    config = default_config(variant, "oxford_iiit_pet")
+    model = train.make_model(dataclasses.replace(config.model, precision="bfloat16"), 3)
+    optimizer, loss_fn = train.make_optimizer(config.train), make_loss(config.train.loss)
+    step = partial(train.train_step, seed=0, model=model, optimizer=optimizer, loss_fn=loss_fn)
+    state = jax.eval_shape(lambda: train.init_state(model, optimizer, 0))
+    batch = Batch(np.zeros((2, 32, 32, 3), np.uint8), np.zeros((2, 32, 32), np.uint8), np.ones(2, np.float32))
+    lines = jax.jit(step).trace(state, batch).lower(lowering_platforms=("cuda",)).as_text().splitlines()
+    convolutions = [line for line in lines if "stablehlo.convolution" in line]
+    # Forward, and two gradients of each but the first layer's, whose input needs none.
+    kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
+    assert len(convolutions) == 3 * kernels - 1
+    assert all("xbf16>" in line and "xf32>" not in line for line in convolutions)
+    assert not any("dot_general" in line or "stablehlo.while" in line for line in lines)

@@ -20,7 +20,6 @@ IGNORE_LABEL = 255  # pixels with this label count in no loss, no gradient and n
 
 Downsampling = Literal["max_pool", "strided_conv"]
 Upsampling = Literal["transposed_conv", "resize"]
-Block = Literal["relu_norm", "norm_relu", "residual"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Augment = Literal["none", "basic", "strong"]
 Schedule = Literal["constant", "cosine"]
@@ -35,8 +34,7 @@ class Variant(NamedTuple):
     loss: str
     batch_size: int
     published_test_loss: float | None
-    model: Mapping[str, Any] = MappingProxyType({})  # other fields of ModelConfig and TrainConfig
-    train: Mapping[str, Any] = MappingProxyType({})
+    train: Mapping[str, Any] = MappingProxyType({})  # other fields of TrainConfig
 
 
 VARIANTS = {
@@ -46,7 +44,6 @@ VARIANTS = {
     "strconv_ups_dice": Variant("strided_conv", "resize", "log_dice", 32, 0.0642),
     "best": Variant(
         "max_pool", "transposed_conv", "cross_entropy+soft_dice", 32, None,
-        model={"block": "residual"},
         train={"epochs": 60, "schedule": "cosine", "warmup_epochs": 1, "weight_decay": 0.01, "clip_norm": 1.0,
                "ema": 0.998, "augment": "strong"},
     ),
@@ -90,9 +87,6 @@ class ModelConfig:
     """Dropout in the two deepest encoder blocks."""
     precision: Precision = "auto"
     """What the layers compute in; auto is bfloat16 on GPU and TPU and float32 on the CPU."""
-    block: Block = "relu_norm"
-    """What follows a block's convolutions: ReLU and batch norm, as published, or batch norm and ReLU; residual is the
-    latter with the block's input added, through a 1x1 convolution, before the last ReLU."""
     remat: bool = False
     """Compute each block's inner activations again for the gradient instead of keeping them: less memory, more time."""
 
@@ -157,7 +151,7 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(VARIANTS)}, all"
         raise InputError(f"unknown variant {variant!r}: {hint}")
     row = VARIANTS[variant]
-    model = ModelConfig(row.downsampling, row.upsampling, **row.model)
+    model = ModelConfig(row.downsampling, row.upsampling)
     train = TrainConfig(row.loss, row.batch_size, **row.train)
     if dataset == "synthetic":
         # Small enough for minutes on two cores: the bare command is to show learning anywhere.

@@ -10,31 +10,22 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from unet_jax.config import Block, Downsampling, Upsampling, check_size
+from unet_jax.config import Downsampling, Upsampling, check_size
 from unet_jax.layers import BatchNorm, Conv, TransposedConv, max_pool, resize_double
 
 
 class DoubleConv(nn.Module):
-    """(conv 3x3 -> ReLU -> batch norm) twice, then dropout: [N, H, W, I] to [N, H, W, features].
-
-    Block "norm_relu" has batch norm -> ReLU instead; "residual" adds the input to the second norm's output, through a
-    1x1 convolution since the features differ (He et al. 2016, arXiv:1512.03385).
-    """
+    """(conv 3x3 -> ReLU -> batch norm) twice, then dropout: [N, H, W, I] to [N, H, W, features]."""
 
     features: int
-    block: Block = "relu_norm"
     dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        skipped = x
         for i in (1, 2):
             x = Conv(self.features, dtype=self.dtype, name=f"conv{i}")(x)
-            x = BatchNorm(relu_first=self.block == "relu_norm", name=f"norm{i}")(x, train)
-            if self.block == "residual" and i == 2:
-                x += Conv(self.features, kernel_size=1, dtype=self.dtype, name="shortcut")(skipped)
-            x = x if self.block == "relu_norm" else nn.relu(x)
+            x = BatchNorm(relu_first=True, name=f"norm{i}")(x, train)
         return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
 
@@ -72,7 +63,6 @@ class UNet(nn.Module):
     num_classes: int = 3
     dropout_rate: float = 0.3
     dtype: DTypeLike = jnp.float32
-    block: Block = "relu_norm"
     remat: bool = False
 
     @nn.compact
@@ -83,7 +73,7 @@ class UNet(nn.Module):
         for i, width in enumerate(self.widths):
             # Dropout in the two deepest blocks of the encoder, as in the reproduced runs.
             rate = self.dropout_rate if i >= levels - 2 else 0.0
-            x = block(width, self.block, rate, dtype=self.dtype, name=f"encoder{i + 1}")(x, train)
+            x = block(width, rate, dtype=self.dtype, name=f"encoder{i + 1}")(x, train)
             if i < levels - 1:
                 skips.append(x)
                 if self.downsampling == "max_pool":
@@ -93,7 +83,7 @@ class UNet(nn.Module):
         for i, (width, skip) in reversed(list(enumerate(zip(self.widths[:-1], skips, strict=True)))):
             x = Upsample(width, self.upsampling, dtype=self.dtype, name=f"up{i + 1}")(x, train)
             x = jnp.concatenate([skip, x], axis=-1)
-            x = block(width, self.block, dtype=self.dtype, name=f"decoder{i + 1}")(x, train)
+            x = block(width, dtype=self.dtype, name=f"decoder{i + 1}")(x, train)
         x = Conv(self.widths[0], dtype=self.dtype, name="head")(x)
         logits = Conv(self.num_classes, kernel_size=1, dtype=self.dtype, name="logits")(x)
         return logits.astype(np.promote_types(self.dtype, np.float32))

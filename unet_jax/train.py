@@ -49,7 +49,6 @@ def make_model(config: ModelConfig, num_classes: int) -> UNet:
         num_classes=num_classes,
         dropout_rate=config.dropout_rate,
         dtype=compute_dtype(config.precision),
-        block=config.block,
         remat=config.remat,
     )
 
