@@ -2,9 +2,9 @@
 
     python experiments/ablation.py --seeds 0 1 --dataset oxford_iiit_pet --image-size 64 --epochs 20
 
-`all` has every piece, the other rows lack one or have another for it, and `base` has none. Flags that are not the
-script's own go to run.py, for every setting alike. Started again it goes on where it was: finished runs are left alone.
-ablation.md has the last epoch's validation mean IoU and its difference to `all` with the same seed.
+`all` has every piece, `base` none, and the other rows lack one, or have another for it, or the two named. Flags that
+are not the script's own go to run.py, for every setting alike. Started again it goes on where it was: finished runs are
+left alone. ablation.md has the last epoch's validation mean IoU and its difference to `all` with the same seed.
 """
 
 import argparse
@@ -38,6 +38,7 @@ SETTINGS = {
     "all-strong": without("strong"),
     "all-strong+basic": without("strong", "--augment basic"),
     **{f"all-{name}": without(name) for name in ("cosine", "ema", "decay")},
+    "strong+ema": f"{PIECES['strong']} {PIECES['ema']}",
 }
 
 

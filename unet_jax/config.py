@@ -44,8 +44,7 @@ VARIANTS = {
     "strconv_ups_dice": Variant("strided_conv", "resize", "log_dice", 32, 0.0642),
     "best": Variant(
         "max_pool", "transposed_conv", "cross_entropy+soft_dice", 32, None,
-        train={"epochs": 60, "schedule": "cosine", "warmup_epochs": 1, "weight_decay": 0.01, "clip_norm": 1.0,
-               "ema": 0.998, "augment": "strong"},
+        train={"epochs": 60, "ema": 0.998, "augment": "strong"},
     ),
 }  # fmt: skip
 PUBLISHED = tuple(name for name, row in VARIANTS.items() if row.published_test_loss)

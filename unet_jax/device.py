@@ -76,28 +76,20 @@ def compute_dtype(precision: Precision) -> DTypeLike:
 
 
 @functools.cache
-def compiler_options(deterministic: bool = False, training: bool = False) -> dict[str, str | bool]:
+def compiler_options(deterministic: bool = False) -> dict[str, str | bool]:
     """Options for `jax.jit(..., compiler_options=)` on this backend; the CPU is deterministic as it is.
 
-    On the CPU, XLA's "YNN" fusion of convolutions doubles the time of this network's step, most of all in the kernel
-    gradients; and its new fusion emitters take 1.3 GB to compile a training step, which the old ones compile in less
-    time and 0.6 GB (inference they make 3 % faster). Both are turned off where this jaxlib knows the option.
+    On the CPU, XLA's "YNN" fusion of convolutions doubles the time of this network's step, most of all in the
+    kernel gradients; it is turned off where this jaxlib knows the option.
     """
     if (backend := jax.default_backend()) != "cpu":
         return {"xla_gpu_deterministic_ops": True} if deterministic and backend == "gpu" else {}
     options: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    if training:
-        options["xla_cpu_use_fusion_emitters"] = False
-    return {name: value for name, value in options.items() if _is_known(name, value)}
-
-
-def _is_known(name: str, value: str | bool) -> bool:
-    """Whether this jaxlib has a compiler option: it refuses to compile with one that it does not know."""
     try:
-        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # a jaxlib that does not know an option refuses to compile with it
+        return {}
+    return options
 
 
 def set_up_compilation_cache(folder: Path) -> None:

@@ -212,9 +212,8 @@ def make_steps(config: RunConfig, placement: Placement, deterministic: bool = Fa
         ema=config.train.ema,
         strength=config.train.augment,
     )
-    train_options = compiler_options(deterministic, training=True)
     return Steps(
-        jit(step, in_shardings=(whole, split), donate_argnums=0, compiler_options=train_options),
+        jit(step, in_shardings=(whole, split), donate_argnums=0),
         jit(partial(statistics_step, model=model), in_shardings=(whole, split, whole), donate_argnums=0),
         jit(partial(eval_step, model=model, loss_fn=loss_fn), in_shardings=(whole, split)),
         jit(partial(predict_step, model=model), in_shardings=(whole, whole)),
