@@ -33,7 +33,7 @@ def without(name: str, instead: str = "") -> str:
 
 
 SETTINGS = {
-    "all": without(""),
+    "all": " ".join(PIECES.values()),
     "base": "",
     "all-strong": without("strong"),
     "all-strong+basic": without("strong", "--augment basic"),

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from unet_jax import device, train
+from unet_jax import device, runs, train
 from unet_jax.config import PUBLISHED, DataConfig, ModelConfig, RunConfig, TrainConfig, default_config
 from unet_jax.data.batches import Batch, Loader, shuffled, validation_rows
 from unet_jax.data.cache import Split
@@ -45,9 +45,7 @@ def steps(placement):
 
 
 def fresh_state(config: RunConfig, placement: device.Placement) -> train.TrainState:
-    model = train.make_model(config.model, 3)
-    state = train.init_state(model, train.make_optimizer(config.train), config.train.seed)
-    return jax.device_put(state, placement.replicated)
+    return jax.device_put(runs.fresh_state(config), placement.replicated)
 
 
 def loaders(placement: device.Placement) -> tuple[Loader, Loader]:
