@@ -49,18 +49,33 @@ def test_conv_is_linens_with_padding_that_keeps_the_size(kernel_size, strides, s
     assert_same(apply_params(Conv(5, kernel_size, strides)), apply_params(linen), params, normal(*shape))
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 6), (3, 5, 7), (2, 1, 1), (1, 15, 2)])
-def test_conv_of_many_features_is_linens(shape, monkeypatch):
-    # So that the batch is cut, where there is one.
-    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", 16 * shape[1] * shape[2] * (cpu_convs.WINOGRAD_FEATURES + 3))
-    monkeypatch.setattr(cpu_convs, "conv", chex.assert_max_traces(cpu_convs.conv, n=1))
-    chex.clear_trace_counter()
+F2, F4 = cpu_convs.F2, cpu_convs.F4
+
+
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [((2, 8, 6), F2), ((3, 5, 7), F2), ((2, 1, 1), F2), ((1, 15, 2), F2), ((2, 24, 23), F4), ((6, 13, 10), F4)],
+)
+def test_conv_of_many_features_is_linens(shape, form, monkeypatch):
     features, out = cpu_convs.WINOGRAD_FEATURES, cpu_convs.WINOGRAD_FEATURES + 3
     params = {"kernel": normal(3, 3, features, out) / (3 * features**0.5), "bias": normal(out)}
     x = normal(*shape, features)
+    assert cpu_convs._form(x, True) is form
+    # So that the batch is cut, where there is one.
+    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", int(cpu_convs._growth(form) * x.nbytes / len(x) * out / features))
+    monkeypatch.setattr(cpu_convs, "conv", chex.assert_max_traces(cpu_convs.conv, n=1))
+    chex.clear_trace_counter()
     assert_same(apply_params(Conv(out)), apply_params(nn.Conv(out, (3, 3), padding=1)), params, x)
     with pytest.raises(AssertionError, match="traced"):  # the fast form is what was tested
         jax.jit(apply_params(Conv(out)))(params, np.concatenate([x, x]))
+
+
+@pytest.mark.parametrize("features", [32, cpu_convs.F4_FEATURES, 2 * cpu_convs.F4_FEATURES])
+def test_fast_conv_keeps_float32s_accuracy(features):
+    x, kernel = normal(4, 32, 24, features), normal(3, 3, features, 64) / (3 * features**0.5)
+    padded, wide = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(np.float64), kernel.astype(np.float64)
+    exact = sum(padded[:, i : i + 32, j : j + 24] @ wide[i, j] for i, j in np.ndindex(3, 3))
+    np.testing.assert_allclose(jax.jit(cpu_convs.conv)(x, kernel), exact, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "nbytes", "chunk"), [(8, 2**23, 8), (8, 2**24, 4), (6, 2**25, 1), (12, 3 * 2**23, 4)])

@@ -1,77 +1,104 @@
 """Convolutions as matrix products, the forms that are fastest on a CPU: XLA's own convolution runs there at two thirds
-of what its matrix product reaches.
+of what its matrix product reaches, and its kernel gradient at a third.
 
-The 3x3 convolution of stride 1 goes by Winograd's F(2x2, 3x3), with 16 products where the direct form has 36 (Lavin and
-Gray 2016, arXiv:1509.09308): overlapping 4x4 tiles of the picture and the 3x3 kernel are transformed, multiplied over
-the features, and transformed back to 2x2 outputs; the kernel's gradient is the same in reverse. The transforms only add
-and halve, so float32 rounds about as it does in the direct form. They are passes over memory that grow with the
-features, the products grow with their square: it pays from WINOGRAD_FEATURES on.
+The 3x3 convolution of stride 1 goes by Winograd's F(m x m, 3x3) (Lavin and Gray 2016, arXiv:1509.09308): overlapping
+tiles of m+2 squared of the picture and the 3x3 kernel are transformed, multiplied over the features, and transformed
+back to m x m outputs; the kernel's gradient is the same in reverse. Of 9 products an output, F(4x4) leaves 36/16 and
+F(2x2) 4. Their rounding depends on the points at which the transforms evaluate polynomials: at the usual 0, +-1, +-2
+F(4x4) errs ten times as much as the direct form, at 0, +-2/3, +-3/2 two to three times (up to F4_FEATURES).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-WINOGRAD_FEATURES = 64  # the least of a convolution's input and output
-CHUNK_BYTES = 2**23  # of intermediate results at once: what a processor's cache holds
+WINOGRAD_FEATURES = 32  # the least of a convolution's input and output: the transforms grow with them, products faster
+CHUNK_BYTES = 2**23  # of transformed tiles at once: what a processor's cache holds
+PICTURE_BYTES = 20 * 2**20  # of one picture's tiles: beyond, `conv` is no faster than XLA's own
+F4_FEATURES = 128  # that `conv` sums over by F(4x4): with more, its errors reach 1e-5 of outputs of size 1
+F4_KERNEL = 2**16  # input times output features: beyond, a cache does not hold the 36 sums of the kernel gradient
 
-Grid = list[list[Array]]  # 4 x 4, by row and column of the tiles
-
-
-def _input_transform(d: list[Array]) -> list[Array]:
-    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
-
-
-def _output_transform(m: list[Array]) -> list[Array]:
-    return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
+Grid = Sequence[Sequence[Array]]  # by row and column of the tiles
 
 
-def _output_transform_transposed(y: list[Array]) -> list[Array]:
-    return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
+class Winograd(NamedTuple):
+    """Matrices of F(m, 3): outputs = output @ ((kernel @ weights) * (input @ inputs)), of m, 3 and m+2 numbers."""
+
+    output: np.ndarray
+    kernel: np.ndarray
+    input: np.ndarray
 
 
-def _kernel_transform(k: list[Array]) -> list[Array]:
-    ends, middle = (k[0] + k[2]) / 2, k[1] / 2
-    return [k[0], ends + middle, ends - middle, k[2]]
+def _winograd(*points: float) -> Winograd:
+    """Toom and Cook's interpolation at the points and infinity; Lavin and Gray's section 5.1 has the derivation."""
+    a, n = np.array(points), len(points) + 1
+    scale = [math.prod(p - q for q in points if q != p) for p in points]
+    at_infinity = np.eye(n)[-1:]
+    output = np.vstack([np.vander(a, n - 2, increasing=True), at_infinity[:, 2:]]).T
+    kernel = np.vstack([np.vander(a, 3, increasing=True) / np.array(scale)[:, None], np.eye(3)[-1:]])
+    others = [np.append(np.poly(a[a != p])[::-1], 0) for p in points]
+    tiles = np.vstack([*others, np.poly(a)[::-1]])
+    return Winograd(output, kernel, np.where(abs(tiles) < 1e-12, 0, tiles))  # what should cancel, and nearly does
 
 
-def _kernel_transform_transposed(u: list[Array]) -> list[Array]:
-    mean, difference = (u[1] + u[2]) / 2, (u[1] - u[2]) / 2
-    return [u[0] + mean, difference, mean + u[3]]
+F2, F4 = _winograd(0, 1, -1), _winograd(0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
 
 
-def _both_axes(transform: Callable[[list[Array]], list[Array]], grid: Grid) -> Grid:
-    """The transform along the rows and along the columns of a grid."""
-    columns = [transform(list(column)) for column in zip(*grid, strict=True)]
-    return [transform(list(row)) for row in zip(*columns, strict=True)]
+def _form(x: Array, suits: bool) -> Winograd:
+    """F(4x4) if it `suits` and x [N, H, W, C] has many tiles: with few, the work on the kernels is the larger part."""
+    n, h, w, _ = x.shape
+    return F4 if suits and n * -(-h // 4) * -(-w // 4) >= 64 else F2
 
 
-def _taps(x: Array, low: int, count: int) -> Grid:
-    """[i][j]: x [N, H, W, C], with `low` zeros before it, at rows 2t+i and columns 2s+j of all tiles, as [N*T*S, C]."""
+def _combine(matrix: np.ndarray, arrays: Sequence[Array] | Array) -> list[Array]:
+    """matrix @ arrays, one operation an element: what XLA fuses."""
+    return [sum(float(weight) * a for weight, a in zip(row, arrays, strict=True) if weight) for row in matrix]
+
+
+def _multiply(matrix: np.ndarray, rows: Array) -> Array:
+    """matrix @ rows as a product, which XLA computes once; `_combine` it would compute again for each column."""
+    return jnp.tensordot(jnp.asarray(matrix, rows.dtype), rows, 1)
+
+
+def _both_axes(matrix: np.ndarray, grid: Grid | Array) -> Grid:
+    columns = [_combine(matrix, row) for row in grid]
+    return list(zip(*(_combine(matrix, column) for column in zip(*columns, strict=True)), strict=True))
+
+
+def _transform_tiles(matrix: np.ndarray, x: Array, low: int, m: int) -> Grid:
+    """[i][j]: the m x m tiles of x [N, H, W, C], `low` zeros before it, under the matrix on both axes, [N*T*S, C]."""
     n, h, w, c = x.shape
-    t, s, more = (h + 1) // 2, (w + 1) // 2, (count - 1) // 2
-    x = jnp.pad(x, ((0, 0), (low, 2 * (t + more) - h - low), (low, 2 * (s + more) - w - low), (0, 0)))
-    phases = x.reshape(n, t + more, 2, s + more, 2, c)
-    return [
-        [phases[:, i // 2 : i // 2 + t, i % 2, j // 2 : j // 2 + s, j % 2].reshape(-1, c) for j in range(count)]
-        for i in range(count)
-    ]
+    count = matrix.shape[1]  # rows and columns of a tile, which may overlap the next
+    t, s, more = -(-h // m), -(-w // m), (count - 1) // m
+    x = jnp.pad(x, ((0, 0), (low, m * (t + more) - h - low), (low, m * (s + more) - w - low), (0, 0)))
+    x = x.reshape(n, t + more, m, -1)
+    rows = _multiply(matrix, jnp.stack([x[:, i // m : i // m + t, i % m] for i in range(count)]))
+    rows = rows.reshape(-1, n, t, s + more, m, c)
+    columns = [rows[:, :, :, j // m : j // m + s, j % m].reshape(len(matrix), -1, c) for j in range(count)]
+    return [_combine(matrix, [column[i] for column in columns]) for i in range(len(matrix))]
 
 
-def _chunk(n: int, nbytes: int) -> int:
+def _chunk(n: int, nbytes: float) -> int:
     """How many of n pictures go at once: the largest divisor of n whose intermediate results fit CHUNK_BYTES."""
     return max(size for size in range(1, n + 1) if n % size == 0 and (size == 1 or size * nbytes <= CHUNK_BYTES * n))
 
 
-def tiles_fit(x: Array) -> bool:
-    """Whether one picture's tiles of x [N, H, W, C] fit CHUNK_BYTES: beyond, `conv` is no faster than XLA's own."""
-    return 4 * x.nbytes <= CHUNK_BYTES * len(x)
+def _growth(form: Winograd) -> float:
+    """How much larger a picture's tiles are than the picture."""
+    return form.input.size / len(form.output) ** 2
 
 
-def _in_chunks(f: Callable[[Array], Array], x: Array, nbytes: int) -> Array:
+def tiles_fit(x: Array, features: int) -> bool:
+    """Whether `conv` is faster than XLA's own for x [N, H, W, C] and a kernel of so many other features."""
+    return _growth(F4) * x.nbytes / len(x) * max(1, features / x.shape[-1]) <= PICTURE_BYTES
+
+
+def _in_chunks(f: Callable[[Array], Array], x: Array, nbytes: float) -> Array:
     """f(x), for an f of each picture by itself, a few pictures at a time; nbytes are those of all of them."""
     size = _chunk(len(x), nbytes)
     if size == len(x):
@@ -90,46 +117,50 @@ def _interleave(grid: list[list[Array]]) -> Array:
 
 def conv(x: Array, kernel: Array) -> Array:
     """`layers.conv(x, kernel, padding=1)`: x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O]."""
-    return _products(x, _both_axes(_kernel_transform, [list(row) for row in kernel]))
+    form = _form(x, kernel.shape[2] <= F4_FEATURES)
+    return _products(x, _both_axes(form.kernel, kernel), form)
 
 
 def input_gradient(kernel: Array, g: Array) -> Array:
     """Of `conv` to x, for g [N, H, W, O]: the convolution of g with the kernel turned around, [N, H, W, I]."""
-    grid = _both_axes(_kernel_transform, [list(row) for row in kernel])
-    # Turning a kernel around swaps the outer two of its four; transposing the small side of a product costs nothing.
-    order = (3, 1, 2, 0)
-    return _products(g, [[grid[a][b].T for b in order] for a in order])
+    form = _form(g, kernel.shape[3] <= F4_FEATURES)
+    # The matrix turned around does that to the kernel; transposing the small side of a product costs little.
+    grid = _both_axes(form.kernel[:, ::-1], kernel)
+    return _products(g, [[u.T for u in row] for row in grid], form)
 
 
-def _products(x: Array, transformed: Grid) -> Array:
+def _products(x: Array, kernels: Grid, form: Winograd) -> Array:
     h, w = x.shape[1:3]
+    m = len(form.output)
 
     def of(x: Array) -> Array:
-        tiles = _both_axes(_input_transform, _taps(x, 1, 4))
-        products = [[v @ u for v, u in zip(*rows, strict=True)] for rows in zip(tiles, transformed, strict=True)]
-        shape = (len(x), (h + 1) // 2, (w + 1) // 2, -1)
-        y = [[part.reshape(shape) for part in row] for row in _both_axes(_output_transform, products)]
-        return _interleave(y)[:, :h, :w]
+        tiles = _transform_tiles(form.input, x, 1, m)
+        products = [[v @ u for v, u in zip(*rows, strict=True)] for rows in zip(tiles, kernels, strict=True)]
+        # Outputs side by side in the features are side by side in the row too.
+        rows = jnp.stack([jnp.concatenate(_combine(form.output, row), -1) for row in products])
+        y = _multiply(form.output, rows).reshape(m, len(x), -(-h // m), m * -(-w // m), -1)
+        return y.transpose(1, 2, 0, 3, 4).reshape(len(x), -1, *y.shape[3:])[:, :h, :w]
 
-    return _in_chunks(of, x, 4 * x.nbytes)
+    return _in_chunks(of, x, _growth(form) * x.nbytes)
 
 
 def kernel_gradient(x: Array, g: Array) -> Array:
     """Of `conv` to its kernel, for x [N, H, W, I] and g [N, H, W, O]: [3, 3, I, O]."""
+    form = _form(x, x.shape[-1] * g.shape[-1] <= F4_KERNEL)
+    m = len(form.output)
 
     def of(x: Array, g: Array) -> Grid:
-        tiles = _both_axes(_input_transform, _taps(x, 1, 4))
-        gradients = _both_axes(_output_transform_transposed, _taps(g, 0, 2))
-        return [[v.T @ m for v, m in zip(*rows, strict=True)] for rows in zip(tiles, gradients, strict=True)]
+        grids = _transform_tiles(form.input, x, 1, m), _transform_tiles(form.output.T, g, 0, m)
+        return [[v.T @ u for v, u in zip(*rows, strict=True)] for rows in zip(*grids, strict=True)]
 
-    size = math.gcd(*(_chunk(len(a), 4 * a.nbytes) for a in (x, g)))
+    size = math.gcd(*(_chunk(len(a), _growth(form) * a.nbytes) for a in (x, g)))
     if size == len(x):
         total = of(x, g)
     else:
         chunks = [a.reshape(-1, size, *a.shape[1:]) for a in (x, g)]
-        zeros = [[jnp.zeros((x.shape[-1], g.shape[-1]), x.dtype)] * 4] * 4
+        zeros = [[jnp.zeros((x.shape[-1], g.shape[-1]), x.dtype)] * (m + 2)] * (m + 2)
         total, _ = lax.scan(lambda sums, xg: (jax.tree.map(jnp.add, sums, of(*xg)), None), zeros, chunks)
-    return jnp.stack([jnp.stack(row) for row in _both_axes(_kernel_transform_transposed, total)])
+    return jnp.stack([jnp.stack(row) for row in _both_axes(form.kernel.T, total)])
 
 
 def transposed_conv(x: Array, kernel: Array) -> Array:

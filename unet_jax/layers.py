@@ -44,7 +44,7 @@ def same_conv(x: Array, kernel: Array) -> Array:
 
     On the CPU by Winograd, where a picture's tiles fit its cache.
     """
-    cpu = cpu_convs.conv if is_concrete(x) and cpu_convs.tiles_fit(x) else _same_conv
+    cpu = cpu_convs.conv if is_concrete(x) and cpu_convs.tiles_fit(x, kernel.shape[-1]) else _same_conv
     return lax.platform_dependent(x, kernel, cpu=cpu, default=_same_conv)
 
 
@@ -57,7 +57,8 @@ def _same_conv_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Arr
         return jax.vjp(_same_conv, x, kernel)[1](g)
 
     def on_cpu(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-        to_x = cpu_convs.input_gradient(kernel, g) if cpu_convs.tiles_fit(g) else direct(x, kernel, g)[0]
+        fits = cpu_convs.tiles_fit(g, x.shape[-1])
+        to_x = cpu_convs.input_gradient(kernel, g) if fits else direct(x, kernel, g)[0]
         return to_x, cpu_convs.kernel_gradient(x, g)
 
     return lax.platform_dependent(*residuals, g, cpu=on_cpu, default=direct)
