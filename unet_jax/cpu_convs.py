@@ -49,6 +49,19 @@ def _winograd(*points: float) -> Winograd:
 F2, F4 = _winograd(0, 1, -1), _winograd(0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
 
 
+def _turned_around(form: Winograd) -> tuple[Winograd, np.ndarray]:
+    """The form for kernels turned around, and the order in which it wants the kernels that `form` has transformed.
+
+    At p a kernel turned around has p^2 times the kernel's value at 1/p, and the points come in such pairs.
+    """
+    lengths = np.linalg.norm(form.kernel, axis=1)
+    directions = form.kernel / lengths[:, None]
+    cosines = directions[:, ::-1] @ directions.T
+    order = abs(cosines).argmax(1)
+    scale = lengths / lengths[order] * cosines[np.arange(len(order)), order]
+    return form._replace(input=scale[:, None] * form.input), order
+
+
 def _form(x: Array, suits: bool) -> Winograd:
     """F(4x4) if it `suits` and x [N, H, W, C] has many tiles: with few, the work on the kernels is the larger part."""
     n, h, w, _ = x.shape
@@ -124,9 +137,9 @@ def conv(x: Array, kernel: Array) -> Array:
 def input_gradient(kernel: Array, g: Array) -> Array:
     """Of `conv` to x, for g [N, H, W, O]: the convolution of g with the kernel turned around, [N, H, W, I]."""
     form = _form(g, kernel.shape[3] <= F4_FEATURES)
-    # The matrix turned around does that to the kernel; transposing the small side of a product costs little.
-    grid = _both_axes(form.kernel[:, ::-1], kernel)
-    return _products(g, [[u.T for u in row] for row in grid], form)
+    grid = _both_axes(form.kernel, kernel)  # as in the forward pass, so that XLA computes it once
+    form, order = _turned_around(form)
+    return _products(g, [[grid[a][b].T for b in order] for a in order], form)
 
 
 def _products(x: Array, kernels: Grid, form: Winograd) -> Array:
