@@ -156,10 +156,15 @@ def theirs(variant: str, work: Work, batch: Batch, compiled: bool) -> Callable[[
 
 
 def measure(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each contender's steps, one after another in turns, after two that warm it up."""
+    """Seconds of each contender's steps, in turns, after two that warm it up.
+
+    A turn is two steps, the second timed: training repeats its step, and the first one after another contender's pays
+    for caches and memory that it finds taken.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(-2, repeats):
+    for turn in range(-1, repeats):
         for name, step in contenders.items():
+            step()
             start = time.perf_counter()
             step()
             if turn >= 0:

@@ -296,7 +296,7 @@ class Display:
             self.bar.write(line)
 
     def epoch(self, record: dict[str, Any]) -> None:
-        from unet_jax.metrics import held_out
+        from unet_jax.plots import held_out
 
         part, scores = held_out(record)
         name = {"test": "Test set", "validation": "Validation part"}[part]

@@ -1,6 +1,6 @@
 """Segmentation metrics: sums made on the device picture by picture, scores made from them on the host."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,14 +72,6 @@ def scores(sums: PictureSums, class_names: Sequence[str]) -> dict[str, Any]:
         overlap = confusion[np.ix_(is_object, is_object)].sum()
         result["binary_iou"] = float(overlap / max(confusion.sum() - confusion[ground, ground], 1))
     return result
-
-
-def held_out(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """("test" or "validation", that part's metrics by name: loss, mean_iou, iou, ...) of a line of metrics.jsonl."""
-    part = "validation" if "validation_loss" in record else "test"
-    prefix = "validation_" if part == "validation" else ""
-    metrics = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
-    return part, metrics | {"loss": record[f"{part}_loss"]}
 
 
 def _by_name(class_names: Sequence[str], values: np.ndarray) -> dict[str, float | None]:
