@@ -1,11 +1,12 @@
 """Times our steps against PyTorch's on this device: `pip install -e '.[bench]' && python experiments/benchmark.py`.
 
-Every contender of a cell (variant, train step or inference, picture size, batch) runs in turn within one process, so
-that a drift of the machine's speed hits all alike; read the ratios, not the seconds. A step is one on a constant batch
-that lies on the device: training is forward, loss, gradient and Adam; inference is pictures to logits. PyTorch runs
-eager and through torch.compile (inference; on a GPU training too), channels_last, on a GPU with bfloat16 autocast.
-"linen" is our network with linen's own layers in place of ours. Peak memory is that of a process of its own for each
-contender: of the device on a GPU, else of the process.
+Every contender of a cell (variant, train step or inference, picture size, batch) has a process of its own, and they run
+in turn, so that a drift of the machine's speed hits all alike; read the ratios, not the seconds. A step is one on a
+constant batch that lies on the device: training is forward, loss, gradient and Adam; inference is pictures to logits.
+PyTorch runs channels_last, on a GPU with bfloat16 autocast: eager as it is, on the CPU also with the settings of malloc
+that ours has ("kept", `device.keep_freed_memory`), and through torch.compile with them (inference; on a GPU training
+too). "linen" is our network with linen's own layers in place of ours. Peak memory is the device's on a GPU, else the
+process's, compilation included.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -38,7 +40,7 @@ from unet_jax.config import PUBLISHED, VARIANTS
 from unet_jax.data.batches import Batch
 from unet_jax.errors import exit_on_input_error
 
-ON_GPU = jax.default_backend() == "gpu"
+ON_GPU = torch.cuda.is_available()
 Work = Literal["train", "inference"]
 
 
@@ -56,8 +58,6 @@ class Options:
     """Include torch.compile, which takes its minute a cell."""
     linen: bool = False
     """Include linen's own layers."""
-    memory: bool = False
-    """Measure peak memory too, ours and eager PyTorch's."""
     out: Path = Path("benchmark")
     """Folder for benchmark.json, benchmark.md and benchmark.png."""
 
@@ -155,93 +155,114 @@ def theirs(variant: str, work: Work, batch: Batch, compiled: bool) -> Callable[[
     return step if work == "train" else infer
 
 
-def measure(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each contender's steps, in turns, after two that warm it up.
+CONTENDERS: dict[str, Callable[[str, Work, Batch], Callable[[], Any]]] = {
+    "ours": ours,
+    "linen": linen,
+    "eager": functools.partial(theirs, compiled=False),
+    "eager, kept": functools.partial(theirs, compiled=False),
+    "compile, kept": functools.partial(theirs, compiled=True),
+}
+
+
+def peak_memory(name: str) -> int:
+    """Bytes that this process has taken at most of the device."""
+    if not ON_GPU:  # not getrusage's maximum, which a process inherits from the one that starts it
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+    if name in ("ours", "linen"):
+        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+    return torch.cuda.max_memory_allocated()
+
+
+def contend(connection: Connection, name: str, variant: str, work: Work, size: int, batch: int) -> None:
+    """A contender's process: sends its peak memory after two steps that warm it up, then seconds whenever it is told.
 
     A turn is two steps, the second timed: training repeats its step, and the first one after another contender's pays
-    for caches and memory that it finds taken.
+    for caches that it finds taken.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(-1, repeats):
-        for name, step in contenders.items():
-            step()
-            start = time.perf_counter()
-            step()
-            if turn >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
+    if name != "eager":
+        device.keep_freed_memory()
+    step = CONTENDERS[name](variant, work, constant_batch(size, batch))
+    step()
+    step()
+    connection.send(peak_memory(name))
+    while connection.recv():
+        step()
+        start = time.perf_counter()
+        step()
+        connection.send(time.perf_counter() - start)
+
+
+def measure(names: Sequence[str], repeats: int, *cell: Any) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each contender's steps, in turns, and its peak memory in bytes."""
+    spawn, processes, peaks = multiprocessing.get_context("spawn"), {}, {}
+    for name in names:  # one after the other: compiling takes all cores
+        processes[name], theirs = spawn.Pipe()
+        spawn.Process(target=contend, args=(theirs, name, *cell), daemon=True).start()
+        theirs.close()  # so that a process that has died is noticed here
+        peaks[name] = processes[name].recv()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name, connection in processes.items():
+            connection.send(True)
+            times[name].append(connection.recv())
+    for connection in processes.values():
+        connection.send(False)
+    return times, peaks
 
 
 def matrix_peak() -> float:
     """FLOP/s of a large matrix product in the precision of training: what the device can do at best."""
     n = 8192 if ON_GPU else 2048
     a = jnp.ones((n, n), device.compute_dtype("auto"))
-    product = jax.jit(jnp.matmul)
-    times = measure({"product": lambda: jax.block_until_ready(product(a, a))}, 10)["product"]
-    return 2 * n**3 / min(times)
-
-
-def peak_memory(name: str, variant: str, work: Work, size: int, batch: int) -> int:
-    """Bytes that three steps of a contender take at most; to be called in a process that has done nothing else."""
-    data = constant_batch(size, batch)
-    step = ours(variant, work, data) if name == "ours" else theirs(variant, work, data, compiled=False)
-    for _ in range(3):
-        step()
-    if not ON_GPU:  # not getrusage's maximum, which a process inherits from the one that starts it
-        return 1024 * int(
-            next(x.split()[1] for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-        )
-    if name == "ours":
-        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-    return torch.cuda.max_memory_allocated()
+    product, seconds = jax.jit(jnp.matmul), []
+    for _ in range(20):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
 
 
 def cell(options: Options, variant: str, work: Work, size: int, batch: int) -> dict[str, Any]:
     """The times of one cell, and what follows from them."""
-    data = constant_batch(size, batch)
-    contenders = {"ours": ours(variant, work, data), "torch eager": theirs(variant, work, data, compiled=False)}
-    if options.torch_compile and (ON_GPU or work == "inference"):
-        contenders["torch.compile"] = theirs(variant, work, data, compiled=True)
-    if options.linen:
-        contenders["linen"] = linen(variant, work, data)
-    times = measure(contenders, options.repeats)
+    compiled = options.torch_compile and (ON_GPU or work == "inference")
+    left_out = {"linen": not options.linen, "eager, kept": ON_GPU, "compile, kept": not compiled}
+    names = [name for name in CONTENDERS if not left_out.get(name)]
+    times, peaks = measure(names, options.repeats, variant, work, size, batch)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network = pytorch_reference.UNet(VARIANTS[variant].downsampling, VARIANTS[variant].upsampling)
         network.eval()(torch.zeros(1, 3, size, size))
     flops = counter.get_total_flops() * batch * (3 if work == "train" else 1)
-    # The ratio turn by turn: both of a turn met the machine at about the same speed.
-    best = min((n for n in times if n.startswith("torch")), key=lambda n: medians[n])
-    ratios = [a / b for a, b in zip(times["ours"], times[best], strict=True)]
-    result = {
+    best = min((n for n in times if n not in ("ours", "linen")), key=lambda n: medians[n])
+
+    def ratios(name: str) -> list[float]:
+        # Turn by turn: both of a turn met the machine at about the same speed.
+        return [a / b for a, b in zip(times["ours"], times[name], strict=True)]
+
+    return {
         "variant": variant, "work": work, "size": size, "batch": batch, "seconds": times, "best_torch": best,
-        "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)], "medians": medians,
+        "ratio": statistics.median(ratios(best)), "ratio_range": [min(ratios(best)), max(ratios(best))],
+        "eager_ratio": statistics.median(ratios("eager")), "medians": medians, "peak_bytes": peaks,
         "images_per_second": batch / medians["ours"], "flop_per_second": flops / medians["ours"],
     }  # fmt: skip
-    if options.memory:
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            names = ("ours", "torch eager")
-            peaks = [pool.apply(peak_memory, (name, variant, work, size, batch)) for name in names]
-        result["peak_bytes"] = dict(zip(names, peaks, strict=True))
-    return result
 
 
 def table(cells: list[dict[str, Any]], peak: float) -> str:
     """Markdown, a row a cell."""
     head = [
-        "variant", "work", "size", "batch", "ours, s", "PyTorch's best, s", "ratio (min to max)", "images/s",
-        "of peak", "linen / ours", "peak memory, ours / PyTorch",
+        "variant", "work", "size", "batch", "ours, s", "PyTorch's best, s", "ratio (min to max)", "to plain eager",
+        "images/s", "of peak", "linen / ours", "peak memory, ours / eager",
     ]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for c in cells:
-        low, high = c["ratio_range"]
-        linen_ratio = f"{c['medians']['linen'] / c['medians']['ours']:.2f}" if "linen" in c["medians"] else "-"
-        peaks = c.get("peak_bytes")
-        memory = " / ".join(f"{bytes_ / 1e9:.2f} GB" for bytes_ in peaks.values()) if peaks else "-"
+        (low, high), medians = c["ratio_range"], c["medians"]
         row = (
-            c["variant"], c["work"], c["size"], c["batch"], f"{c['medians']['ours']:.4g}",
-            f"{c['medians'][c['best_torch']]:.4g} ({c['best_torch']})", f"{c['ratio']:.2f} ({low:.2f} to {high:.2f})",
-            f"{c['images_per_second']:.1f}", f"{c['flop_per_second'] / peak:.0%}", linen_ratio, memory,
+            c["variant"], c["work"], c["size"], c["batch"], f"{medians['ours']:.4g}",
+            f"{medians[c['best_torch']]:.4g} ({c['best_torch']})", f"{c['ratio']:.2f} ({low:.2f} to {high:.2f})",
+            f"{c['eager_ratio']:.2f}", f"{c['images_per_second']:.1f}", f"{c['flop_per_second'] / peak:.0%}",
+            f"{medians['linen'] / medians['ours']:.2f}" if "linen" in medians else "-",
+            " / ".join(f"{c['peak_bytes'][name] / 1e9:.2f} GB" for name in ("ours", "eager")),
         )  # fmt: skip
         lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines) + "\n"

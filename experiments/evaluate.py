@@ -42,8 +42,8 @@ def evaluate_run(options: Options) -> None:
 
     if options.examples is not None and options.examples < 1:
         raise InputError(f"--examples is {options.examples}: it must be at least 1")
+    device.set_up(default_cache_dir() / "xla")
     placement = device.placement()
-    device.set_up_compilation_cache(default_cache_dir() / "xla")
     config, restored = runs.load(options.run, placement)
     for line in restored.skipped:
         print(line, file=sys.stderr)

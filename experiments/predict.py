@@ -203,7 +203,7 @@ def main(options: Options) -> int:
         raise InputError("; ".join(bad) or "no pictures are given")
     names = name_outputs(pictures)
     prepare_folder(options.out, names, pictures)
-    device.set_up_compilation_cache(default_cache_dir() / "xla")
+    device.set_up(default_cache_dir() / "xla")
     predictor = load(options.run, options.tile_size)
     for line in predictor.restored.skipped:
         print(line, file=sys.stderr)

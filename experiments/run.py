@@ -385,8 +385,7 @@ def main() -> None:
     from unet_jax.data.cache import default_cache_dir
 
     first = runs_asked_for[0]
-    if first.compilation_cache:
-        device.set_up_compilation_cache(default_cache_dir() / "xla")
+    device.set_up(default_cache_dir() / "xla" if first.compilation_cache else None)
     if first.distributed:
         processes.join(first.coordinator, first.processes, first.process_id)
         with processes.leaving_at_once(), exit_on_input_error(INTERRUPTED):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import signal
+import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 import check_devices
@@ -81,6 +83,34 @@ def test_a_run_moves_from_eight_devices_to_two_processes_to_one_device(tmp_path)
 
 def of(devices: int) -> device.Placement:
     return device.placement()._replace(devices=devices)
+
+
+FAULTS_OF_STEPS = """
+import jax, resource, sys
+from unet_jax import device
+if sys.argv[1:]:
+    device.keep_freed_memory()
+step = jax.jit(lambda x: jax.numpy.cumsum(jax.numpy.cumsum(x, 0), 0)[-1, -1])  # temporaries of 128 MB
+x = jax.numpy.ones((4096, 4096))
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults_of_a_step(*arguments: str) -> float:
+    """The median: now and then the kept memory is in pieces, and a step takes some more."""
+    command = [sys.executable, "-c", FAULTS_OF_STEPS, *arguments]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return statistics.median(map(int, printed.split()[1:]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc of glibc alone is set")
+def test_freed_memory_is_kept_for_the_next_step():
+    pages = 2 * 4096 * 4096 * 4 // 4096
+    assert faults_of_a_step("keep") < pages / 10
+    assert faults_of_a_step() > pages / 2  # what the setting is for: without it they are taken anew
 
 
 @pytest.mark.parametrize(

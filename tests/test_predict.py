@@ -270,7 +270,7 @@ def test_command(run, tmp_path):
 
 
 def test_command_refuses(run, tmp_path, script, monkeypatch):
-    monkeypatch.setattr(device, "set_up_compilation_cache", lambda folder: None)  # the tests have their own
+    monkeypatch.setattr(device, "set_up", lambda folder: None)  # the tests have their own
     (tmp_path / "empty").mkdir()
     Image.fromarray(picture(8, 8)).save(tmp_path / "x.png")
     Image.fromarray(picture(8, 8)).save(tmp_path / "x_mask.png")

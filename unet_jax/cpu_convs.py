@@ -111,8 +111,11 @@ def tiles_fit(x: Array, features: int) -> bool:
     return _growth(F4) * x.nbytes / len(x) * max(1, features / x.shape[-1]) <= PICTURE_BYTES
 
 
-def _in_chunks(f: Callable[[Array], Array], x: Array, nbytes: float) -> Array:
-    """f(x), for an f of each picture by itself, a few pictures at a time; nbytes are those of all of them."""
+def in_chunks(f: Callable[[Array], Array], x: Array, nbytes: float) -> Array:
+    """f(x), for an f of each picture by itself, a few pictures at a time so that the cache holds what f makes of them.
+
+    nbytes are those of what it makes of all of x.
+    """
     size = _chunk(len(x), nbytes)
     if size == len(x):
         return f(x)
@@ -154,7 +157,7 @@ def _products(x: Array, kernels: Grid, form: Winograd) -> Array:
         y = _multiply(form.output, rows).reshape(m, len(x), -(-h // m), m * -(-w // m), -1)
         return y.transpose(1, 2, 0, 3, 4).reshape(len(x), -1, *y.shape[3:])[:, :h, :w]
 
-    return _in_chunks(of, x, _growth(form) * x.nbytes)
+    return in_chunks(of, x, _growth(form) * x.nbytes)
 
 
 def kernel_gradient(x: Array, g: Array) -> Array:
@@ -194,4 +197,4 @@ def transposed_conv(x: Array, kernel: Array) -> Array:
         below = [odd + next_of(even, 1) for odd, even in zip(rows[2], rows[0], strict=True)]
         return _interleave([rows[1], below])
 
-    return _in_chunks(of, x, 9 * features * x.nbytes // x.shape[-1])
+    return in_chunks(of, x, 9 * features * x.nbytes // x.shape[-1])

@@ -61,8 +61,8 @@ def _place(array: np.ndarray, rows: np.ndarray, sharding: NamedSharding) -> Arra
 class Loader:
     """Cuts a split into batches; the split lives on the accelerator where it fits well, else its batches go there.
 
-    The host's share of a batch (a gather of uint8 rows, or just indices) is done while the device is still busy with
-    the batches before, since dispatch is asynchronous.
+    The host's share of a batch (a gather of uint8 rows, or just indices) is done while an accelerator is still busy
+    with the batches before, since dispatch is asynchronous there.
     """
 
     def __init__(self, split: Split, batch_size: int, placement: Placement, rows: np.ndarray | None = None) -> None:
