@@ -112,13 +112,13 @@ def keep_freed_memory() -> None:
 
     A step's temporaries are one block. As it is, glibc takes each such block from the system and gives it back after
     the step, and the system zeroes the pages of the next: a quarter of the time of a step of 8 x 128x128. Blocks of
-    1 GB or more still go back, for a process may hold two. Only the main thread's heap can keep such blocks, so steps
+    2 GB or more still go back, for a process may hold two. Only the main thread's heap can keep such blocks, so steps
     run there: dispatch is no longer asynchronous, which gained nothing where a step takes all cores.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+    for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        libc.mallopt(parameter, 2**31 - 1)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
