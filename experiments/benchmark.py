@@ -38,9 +38,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from unet_jax import device, model, plots, runs, train
 from unet_jax.config import PUBLISHED, VARIANTS
 from unet_jax.data.batches import Batch
-from unet_jax.errors import exit_on_input_error
+from unet_jax.errors import InputError, exit_on_input_error
 
-ON_GPU = torch.cuda.is_available()
+ON_GPU = torch.cuda.is_available()  # asking JAX would start its backend, before contend has set what it starts with
 Work = Literal["train", "inference"]
 
 
@@ -195,18 +195,18 @@ def contend(connection: Connection, name: str, variant: str, work: Work, size: i
 
 def measure(names: Sequence[str], repeats: int, *cell: Any) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of each contender's steps, in turns, and its peak memory in bytes."""
-    spawn, processes, peaks = multiprocessing.get_context("spawn"), {}, {}
+    spawn, connections, peaks = multiprocessing.get_context("spawn"), {}, {}
     for name in names:  # one after the other: compiling takes all cores
-        processes[name], theirs = spawn.Pipe()
-        spawn.Process(target=contend, args=(theirs, name, *cell), daemon=True).start()
-        theirs.close()  # so that a process that has died is noticed here
-        peaks[name] = processes[name].recv()
+        connections[name], its_end = spawn.Pipe()
+        spawn.Process(target=contend, args=(its_end, name, *cell), daemon=True).start()
+        its_end.close()  # so that a process that has died is noticed here
+        peaks[name] = connections[name].recv()
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
-        for name, connection in processes.items():
+        for name, connection in connections.items():
             connection.send(True)
             times[name].append(connection.recv())
-    for connection in processes.values():
+    for connection in connections.values():
         connection.send(False)
     return times, peaks
 
@@ -270,6 +270,8 @@ def table(cells: list[dict[str, Any]], peak: float) -> str:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    if (jax.default_backend() == "gpu") != ON_GPU:
+        raise InputError("of JAX and PyTorch only one sees a GPU: install the other's CUDA build, or hide the GPU")
     options.out.mkdir(parents=True, exist_ok=True)
     environment = {**runs.environment(), "torch": torch.__version__, "processor": platform.processor()}
     peak, cells = matrix_peak(), []

@@ -76,6 +76,7 @@ def layer_of(hlo: str) -> dict[str, str]:
 
 
 def main(options: Options) -> None:
+    device.keep_freed_memory()  # as run.py does
     _, steps, state, batch = set_up(options.variant, constant_batch(options.image_size, options.batch_size))
     step = steps.train.lower(state, batch).compile()  # type: ignore[attr-defined]
     state, _ = jax.block_until_ready(step(state, batch))
