@@ -119,7 +119,11 @@ def in_chunks(f: Callable[[Array], Array], x: Array, nbytes: float) -> Array:
     size = _chunk(len(x), nbytes)
     if size == len(x):
         return f(x)
-    y = lax.map(f, x.reshape(-1, size, *x.shape[1:]))
+    chunks = x.reshape(-1, size, *x.shape[1:])
+    y = jax.eval_shape(f, chunks[0])
+    # Any values of x: the zeros that lax.map starts with, XLA makes at once for all loops of a program, and keeps.
+    start = jnp.full((len(chunks), *y.shape), x[(0,) * x.ndim], y.dtype)
+    y = lax.fori_loop(0, len(chunks), lambda i, y: lax.dynamic_update_index_in_dim(y, f(chunks[i]), i, 0), start)
     return y.reshape(len(x), *y.shape[2:])
 
 

@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from unet_jax.config import Precision
 from unet_jax.errors import InputError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class Placement(NamedTuple):
@@ -111,15 +111,21 @@ def keep_freed_memory() -> None:
     """Lets a process keep the memory of a step on the CPU for the next one, where its C library is glibc.
 
     A step's temporaries are one block. As it is, glibc takes each such block from the system and gives it back after
-    the step, and the system zeroes the pages of the next: a quarter of the time of a step of 8 x 128x128. Blocks of
-    2 GB or more still go back, for a process may hold two. Only the main thread's heap can keep such blocks, so steps
-    run there: dispatch is no longer asynchronous, which gained nothing where a step takes all cores.
+    the step, and the system zeroes the pages of the next: a quarter of the time of a step of 8 x 128x128. Only the main
+    thread's heap can keep such blocks, so steps run there: dispatch is no longer asynchronous, which gained nothing
+    where a step takes all cores. What compiling a step took, up to 2 GB, goes back before the step runs.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
-    for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-        libc.mallopt(parameter, 2**31 - 1)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+    libc.mallopt(M_MMAP_MAX, 0)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+    def give_back(event: str, duration_secs: float, **_: Any) -> None:
+        if event.endswith("/backend_compile_duration") and duration_secs > 1:
+            libc.malloc_trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(give_back)
 
 
 def describe() -> str:
