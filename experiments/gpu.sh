@@ -36,4 +36,11 @@ done
 for variant in $variants; do # bfloat16, the default there, against float32
     run "$out/float32/$variant" --variant "$variant" --precision float32 "$@"
 done
-try experiments/report.py "$out"/seed*/* "$out"/float32/* "$out"/pytorch/* "$out/best" --out "$out"
+finished=()
+for folder in "$out"/{seed*,float32}/* "$out/best"; do # what has failed leaves the others their report
+    if [ -e "$folder/summary.json" ]; then finished+=("$folder"); fi
+done
+for variant in $variants; do
+    if [ -e "$out/pytorch/$variant" ]; then finished+=("$out/pytorch/$variant"); fi
+done
+try experiments/report.py "${finished[@]}" --out "$out"

@@ -79,6 +79,7 @@ def _multiply(matrix: np.ndarray, rows: Array) -> Array:
 
 
 def _both_axes(matrix: np.ndarray, grid: Grid | Array) -> Grid:
+    """matrix @ grid @ matrix.T, of a grid of arrays."""
     columns = [_combine(matrix, row) for row in grid]
     return list(zip(*(_combine(matrix, column) for column in zip(*columns, strict=True)), strict=True))
 
