@@ -162,6 +162,7 @@ CONTENDERS: dict[str, Callable[[str, Work, Batch], Callable[[], Any]]] = {
     "eager, kept": functools.partial(theirs, compiled=False),
     "compile, kept": functools.partial(theirs, compiled=True),
 }
+IN_JAX = ("ours", "linen")
 
 
 def peak_memory(name: str) -> int:
@@ -169,7 +170,7 @@ def peak_memory(name: str) -> int:
     if not ON_GPU:  # not getrusage's maximum, which a process inherits from the one that starts it
         status = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
-    if name in ("ours", "linen"):
+    if name in IN_JAX:
         return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
     return torch.cuda.max_memory_allocated()
 
@@ -234,16 +235,13 @@ def cell(options: Options, variant: str, work: Work, size: int, batch: int) -> d
         network = pytorch_reference.UNet(VARIANTS[variant].downsampling, VARIANTS[variant].upsampling)
         network.eval()(torch.zeros(1, 3, size, size))
     flops = counter.get_total_flops() * batch * (3 if work == "train" else 1)
-    best = min((n for n in times if n not in ("ours", "linen")), key=lambda n: medians[n])
-
-    def ratios(name: str) -> list[float]:
-        # Turn by turn: both of a turn met the machine at about the same speed.
-        return [a / b for a, b in zip(times["ours"], times[name], strict=True)]
-
+    best = min((n for n in times if n not in IN_JAX), key=lambda n: medians[n])
+    # Turn by turn: both of a turn met the machine at about the same speed.
+    to_best, to_eager = ([a / b for a, b in zip(times["ours"], times[n], strict=True)] for n in (best, "eager"))
     return {
         "variant": variant, "work": work, "size": size, "batch": batch, "seconds": times, "best_torch": best,
-        "ratio": statistics.median(ratios(best)), "ratio_range": [min(ratios(best)), max(ratios(best))],
-        "eager_ratio": statistics.median(ratios("eager")), "medians": medians, "peak_bytes": peaks,
+        "ratio": statistics.median(to_best), "ratio_range": [min(to_best), max(to_best)],
+        "eager_ratio": statistics.median(to_eager), "medians": medians, "peak_bytes": peaks,
         "images_per_second": batch / medians["ours"], "flop_per_second": flops / medians["ours"],
     }  # fmt: skip
 
