@@ -56,13 +56,14 @@ F2, F4 = cpu_convs.F2, cpu_convs.F4
     ("shape", "form"),
     [((2, 8, 6), F2), ((3, 5, 7), F2), ((2, 1, 1), F2), ((1, 15, 2), F2), ((2, 24, 23), F4), ((6, 13, 10), F4)],
 )
-def test_conv_of_many_features_is_linens(shape, form, monkeypatch):
-    features, out = cpu_convs.WINOGRAD_FEATURES, cpu_convs.WINOGRAD_FEATURES + 3
+@pytest.mark.parametrize("more", [(0, 3), (3, 0)])  # of them come out, go in
+def test_conv_of_many_features_is_linens(shape, form, more, monkeypatch):
+    features, out = (cpu_convs.WINOGRAD_FEATURES + m for m in more)
     params = {"kernel": normal(3, 3, features, out) / (3 * features**0.5), "bias": normal(out)}
     x = normal(*shape, features)
     assert cpu_convs._form(x, True) is form
     # So that the batch is cut, where there is one.
-    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", int(cpu_convs._growth(form) * x.nbytes / len(x) * out / features))
+    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", int(cpu_convs._growth(form) * x.nbytes / len(x) * max(1, out / features)))
     monkeypatch.setattr(cpu_convs, "conv", chex.assert_max_traces(cpu_convs.conv, n=1))
     chex.clear_trace_counter()
     assert_same(apply_params(Conv(out)), apply_params(nn.Conv(out, (3, 3), padding=1)), params, x)

@@ -21,6 +21,7 @@ WINOGRAD_FEATURES = 32  # the least of a convolution's input and output: the tra
 CHUNK_BYTES = 2**23  # of transformed tiles at once: what a processor's cache holds
 PICTURE_BYTES = 20 * 2**20  # of one picture's tiles: beyond, `conv` is no faster than XLA's own
 F4_FEATURES = 128  # that `conv` sums over by F(4x4): with more, its errors reach 1e-5 of outputs of size 1
+TURNED_KERNEL = 2**13  # input times output features: beyond, `kernel_gradient` does not compute it turned around
 F4_KERNEL = 2**16  # input times output features: beyond, a cache does not hold the 36 sums of the kernel gradient
 
 Grid = Sequence[Sequence[Array]]  # by row and column of the tiles
@@ -169,19 +170,24 @@ def kernel_gradient(x: Array, g: Array) -> Array:
     """Of `conv` to its kernel, for x [N, H, W, I] and g [N, H, W, O]: [3, 3, I, O]."""
     form = _form(x, x.shape[-1] * g.shape[-1] <= F4_KERNEL)
     m = len(form.output)
+    # The more features go to the right, since XLA's product is slower at packing the left tiles; turning the kernel
+    # back costs more than that where it is large.
+    turned = x.shape[-1] > g.shape[-1] and x.shape[-1] * g.shape[-1] <= TURNED_KERNEL
 
     def of(x: Array, g: Array) -> Grid:
-        grids = _transform_tiles(form.input, x, 1, m), _transform_tiles(form.output.T, g, 0, m)
-        return [[v.T @ u for v, u in zip(*rows, strict=True)] for rows in zip(*grids, strict=True)]
+        grids = [_transform_tiles(form.input, x, 1, m), _transform_tiles(form.output.T, g, 0, m)]
+        left, right = reversed(grids) if turned else grids
+        return [[v.T @ u for v, u in zip(*rows, strict=True)] for rows in zip(left, right, strict=True)]
 
     size = math.gcd(*(_chunk(len(a), _growth(form) * a.nbytes) for a in (x, g)))
     if size == len(x):
         total = of(x, g)
     else:
         chunks = [a.reshape(-1, size, *a.shape[1:]) for a in (x, g)]
-        zeros = [[jnp.zeros((x.shape[-1], g.shape[-1]), x.dtype)] * (m + 2)] * (m + 2)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of, *(a[0] for a in chunks)))
         total, _ = lax.scan(lambda sums, xg: (jax.tree.map(jnp.add, sums, of(*xg)), None), zeros, chunks)
-    return jnp.stack([jnp.stack(row) for row in _both_axes(form.kernel.T, total)])
+    kernel = jnp.stack([jnp.stack(row) for row in _both_axes(form.kernel.T, total)])
+    return kernel.swapaxes(2, 3) if turned else kernel
 
 
 def transposed_conv(x: Array, kernel: Array) -> Array:
