@@ -89,8 +89,20 @@ class LinenBatchNorm(nn.Module):
         return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
 
 
-def linen_conv(features: int, kernel_size: int = 3, strides: int = 1, **kwargs: Any) -> nn.Module:
-    return nn.Conv(features, (kernel_size, kernel_size), strides, kernel_size // 2, **kwargs)
+class LinenConv(nn.Module):
+    """linen's convolution behind the interface of ours."""
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, *parts: jax.Array) -> jax.Array:
+        size = (self.kernel_size, self.kernel_size)
+        return nn.Conv(self.features, size, self.strides, self.kernel_size // 2, dtype=self.dtype)(
+            jnp.concatenate(parts, -1)
+        )
 
 
 def linen_transposed_conv(features: int, **kwargs: Any) -> nn.Module:
@@ -104,7 +116,7 @@ def aligned_resize(x: jax.Array) -> jax.Array:
 
 
 LINEN = {
-    "Conv": linen_conv,
+    "Conv": LinenConv,
     "TransposedConv": linen_transposed_conv,
     "BatchNorm": LinenBatchNorm,
     "max_pool": functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),

@@ -37,7 +37,7 @@ from torch import Tensor
 from unet_jax.config import PUBLISHED, VARIANTS, Variant
 from unet_jax.device import compiler_options
 from unet_jax.from_pytorch import variables_from_state_dict
-from unet_jax.layers import BatchNorm, Conv
+from unet_jax.layers import BatchNorm, Conv, value_of
 from unet_jax.losses import LOSSES
 from unet_jax.model import DoubleConv, UNet
 
@@ -122,9 +122,11 @@ def same_side(intermediates: Any, model: UNet) -> Iterator[list[int]]:
     decided: dict[str, list[Tensor]] = {"relu": [], "pool": []}  # what each takes in, in the order of PyTorch's calls
     for name in [f"encoder{i + 1}" for i in range(levels)] + [f"decoder{i}" for i in range(levels - 1, 0, -1)]:
         if name.startswith("decoder") and model.upsampling == "resize":
-            decided["relu"].append(nchw(intermediates[name.replace("decoder", "up")]["norm"]["__call__"][0]))
+            decided["relu"].append(
+                nchw(np.asarray(value_of(intermediates[name.replace("decoder", "up")]["norm"]["__call__"][0])))
+            )
         decided["relu"] += [nchw(intermediates[name][conv]["__call__"][0]) for conv in ("conv1", "conv2")]
-        decided["pool"].append(nchw(intermediates[name]["__call__"][0]))
+        decided["pool"].append(nchw(np.asarray(value_of(intermediates[name]["__call__"][0]))))
     relus, pools, changed = iter(decided["relu"]), iter(decided["pool"]), [0]
 
     def relu(x: Tensor, inplace: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from unet_jax import cpu_convs, layers
-from unet_jax.layers import BatchNorm, Conv, TransposedConv, double_axis, max_pool, resize_double
+from unet_jax.layers import BatchNorm, Conv, TransposedConv, double_axis, max_pool, resize_double, scaled
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -63,7 +63,8 @@ def test_conv_of_many_features_is_linens(shape, form, more, monkeypatch):
     x = normal(*shape, features)
     assert cpu_convs._form(x, True) is form
     # So that the batch is cut, where there is one.
-    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", int(cpu_convs._growth(form) * x.nbytes / len(x) * max(1, out / features)))
+    widest = x.nbytes / len(x) * max(1, out / features)
+    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", int(cpu_convs._growth(form) * widest))
     monkeypatch.setattr(cpu_convs, "conv", chex.assert_max_traces(cpu_convs.conv, n=1))
     chex.clear_trace_counter()
     assert_same(apply_params(Conv(out)), apply_params(nn.Conv(out, (3, 3), padding=1)), params, x)
@@ -71,12 +72,38 @@ def test_conv_of_many_features_is_linens(shape, form, more, monkeypatch):
         jax.jit(apply_params(Conv(out)))(params, np.concatenate([x, x]))
 
 
+@pytest.mark.parametrize("picture_bytes", [0, cpu_convs.PICTURE_BYTES])  # XLA's convolution, Winograd's
+@pytest.mark.parametrize("out", [3, cpu_convs.WINOGRAD_FEATURES])
+def test_conv_of_parts_and_scaled_ones_is_of_their_values_side_by_side(out, picture_bytes, monkeypatch):
+    features = cpu_convs.WINOGRAD_FEATURES
+    params = {"kernel": normal(3, 3, features + 5, out) / (3 * features**0.5), "bias": normal(out)}
+    first, *second = normal(2, 9, 10, 5), normal(2, 9, 10, features), normal(features), normal(features, seed=1)
+    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cpu_convs, "PICTURE_BYTES", picture_bytes)
+
+    def ours(params, first, *second):
+        part = scaled(*second, relu_first=True)
+        # Used twice: the gradient is of both.
+        return Conv(out).apply({"params": params}, first, part) + part.value()[..., :1]
+
+    def textbook(params, first, x, gain, shift):
+        value = nn.relu(x) * gain[None, None, None] + shift[None, None, None]
+        conv = nn.Conv(out, (3, 3), padding=1)
+        return conv.apply({"params": params}, jnp.concatenate([first, value], -1)) + value[..., :1]
+
+    assert_same(ours, textbook, params, first, *second)
+
+
 @pytest.mark.parametrize("features", [32, cpu_convs.F4_FEATURES, 2 * cpu_convs.F4_FEATURES])
 def test_fast_conv_keeps_float32s_accuracy(features):
     x, kernel = normal(4, 32, 24, features), normal(3, 3, features, 64) / (3 * features**0.5)
     padded, wide = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(np.float64), kernel.astype(np.float64)
+
+    def of_one(x, kernel):
+        return cpu_convs.conv([x], lambda x: x, kernel, jnp.zeros(64))
+
     exact = sum(padded[:, i : i + 32, j : j + 24] @ wide[i, j] for i, j in np.ndindex(3, 3))
-    np.testing.assert_allclose(jax.jit(cpu_convs.conv)(x, kernel), exact, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(of_one)(x, kernel), exact, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "nbytes", "chunk"), [(8, 2**23, 8), (8, 2**24, 4), (6, 2**25, 1), (12, 3 * 2**23, 4)])
@@ -189,7 +216,8 @@ def batch_norms(relu_first: bool, **kwargs):
 
     def ours(params, stats, x, train):
         variables = {"params": params, "batch_stats": stats}
-        return BatchNorm(relu_first, **kwargs).apply(variables, x, train, mutable=["batch_stats"])
+        y, updated = BatchNorm(relu_first, **kwargs).apply(variables, x, train, mutable=["batch_stats"])
+        return y.value(), updated
 
     def linen(params, stats, x, train):
         norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)
@@ -208,10 +236,9 @@ def test_batch_norm_is_linens(relu_first):
     x = 2 * normal(4, 3, 5, 3) + np.array([1, 0, -0.5], np.float32)
     x[0, 0] = 0  # exactly on ReLU's corner
     ours, linen = batch_norms(relu_first)
-    assert_same(
-        lambda p, x: ours(p, NORM_STATS, x, True)[0], lambda p, x: linen(p, NORM_STATS, x, True)[0], NORM_PARAMS, x
-    )
     for train in (True, False):
+        outputs = (lambda p, x, norm=norm, train=train: norm(p, NORM_STATS, x, train)[0] for norm in (ours, linen))
+        assert_same(*outputs, NORM_PARAMS, x)
         (y, updated), (expected, expected_updated) = (
             jax.jit(f, static_argnums=3)(NORM_PARAMS, NORM_STATS, x, train) for f in (ours, linen)
         )

@@ -10,7 +10,7 @@ F(4x4) errs ten times as much as the direct form, at 0, +-2/3, +-3/2 two to thre
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ TURNED_KERNEL = 2**13  # input times output features: beyond, `kernel_gradient` 
 F4_KERNEL = 2**16  # input times output features: beyond, a cache does not hold the 36 sums of the kernel gradient
 
 Grid = Sequence[Sequence[Array]]  # by row and column of the tiles
+Join = Callable[..., Array]  # makes one array of several, picture by picture, their features side by side
 
 
 class Winograd(NamedTuple):
@@ -108,25 +109,45 @@ def _growth(form: Winograd) -> float:
     return form.input.size / len(form.output) ** 2
 
 
-def tiles_fit(x: Array, features: int) -> bool:
-    """Whether `conv` is faster than XLA's own for x [N, H, W, C] and a kernel of so many other features."""
-    return _growth(F4) * x.nbytes / len(x) * max(1, features / x.shape[-1]) <= PICTURE_BYTES
+def tiles_fit(xs: Sequence[Array], features: int) -> bool:
+    """Whether `conv` is faster than XLA's own for xs and a kernel of so many other features."""
+    own = sum(x.shape[-1] for x in xs)
+    nbytes = sum(x.nbytes for x in xs) / len(xs[0])
+    return _growth(F4) * nbytes * max(1, features / own) <= PICTURE_BYTES
 
 
-def in_chunks(f: Callable[[Array], Array], x: Array, nbytes: float) -> Array:
-    """f(x), for an f of each picture by itself, a few pictures at a time so that the cache holds what f makes of them.
+def in_chunks(f: Callable[..., Any], xs: Sequence[Array], nbytes: float, after: Array | None = None) -> Any:
+    """f(*xs), for an f of each picture by itself, a few at a time so that the cache holds what it makes of them.
 
-    nbytes are those of what it makes of all of x.
+    nbytes are those of what it makes of all. The memory of the result is not taken before `after` is known.
     """
-    size = _chunk(len(x), nbytes)
-    if size == len(x):
-        return f(x)
-    chunks = x.reshape(-1, size, *x.shape[1:])
-    y = jax.eval_shape(f, chunks[0])
-    # Any values of x: the zeros that lax.map starts with, XLA makes at once for all loops of a program, and keeps.
-    start = jnp.full((len(chunks), *y.shape), x[(0,) * x.ndim], y.dtype)
-    y = lax.fori_loop(0, len(chunks), lambda i, y: lax.dynamic_update_index_in_dim(y, f(chunks[i]), i, 0), start)
-    return y.reshape(len(x), *y.shape[2:])
+    size = _chunk(len(xs[0]), nbytes)
+    if size == len(xs[0]):
+        return f(*xs)
+    chunks = [x.reshape(-1, size, *x.shape[1:]) for x in xs]
+    # Any value will do, if it is computed: the zeros that lax.map starts with, XLA makes at once for all loops of a
+    # program, and keeps.
+    after = xs[0] if after is None else after
+    value = after[(0,) * after.ndim]
+    ys = jax.eval_shape(f, *(x[0] for x in chunks))
+    start = jax.tree.map(lambda y: jnp.full((len(chunks[0]), *y.shape), value, y.dtype), ys)
+
+    def body(i: Array, ys: Any) -> Any:
+        return jax.tree.map(
+            lambda all_, y: lax.dynamic_update_index_in_dim(all_, y, i, 0), ys, f(*(x[i] for x in chunks))
+        )
+
+    ys = lax.fori_loop(0, len(chunks[0]), body, start)
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
+
+
+def _sum_over_chunks(f: Callable[..., Any], xs: Sequence[Array], size: int) -> Any:
+    """f(*xs), for an f that sums over pictures, as the sum over chunks of `size` pictures."""
+    if size == len(xs[0]):
+        return f(*xs)
+    chunks = [x.reshape(-1, size, *x.shape[1:]) for x in xs]
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(f, *(x[0] for x in chunks)))
+    return lax.scan(lambda sums, xs: (jax.tree.map(jnp.add, sums, f(*xs)), None), zeros, chunks)[0]
 
 
 def _interleave(grid: list[list[Array]]) -> Array:
@@ -137,57 +158,78 @@ def _interleave(grid: list[list[Array]]) -> Array:
     return jnp.concatenate(rows, 2).reshape(n, 2 * h, 2 * w, c)
 
 
-def conv(x: Array, kernel: Array) -> Array:
-    """`layers.conv(x, kernel, padding=1)`: x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O]."""
-    form = _form(x, kernel.shape[2] <= F4_FEATURES)
-    return _products(x, _both_axes(form.kernel, kernel), form)
+def conv(xs: Sequence[Array], join: Join, kernel: Array, bias: Array) -> Array:
+    """`layers.same_conv` of join(*xs) [N, H, W, I] with kernel [3, 3, I, O] and bias [O]: [N, H, W, O]."""
+    form = _form(xs[0], kernel.shape[2] <= F4_FEATURES)
+    kernels = _both_axes(form.kernel, kernel)
+    nbytes = _growth(form) * sum(x.nbytes for x in xs)
+    return in_chunks(lambda *xs: _convolve(join(*xs), kernels, form) + bias[None, None, None], xs, nbytes)
 
 
-def input_gradient(kernel: Array, g: Array) -> Array:
-    """Of `conv` to x, for g [N, H, W, O]: the convolution of g with the kernel turned around, [N, H, W, I]."""
+def input_gradient(features: Sequence[int], kernel: Array, g: Array, after: Array) -> list[Array]:
+    """Of `conv` to what is joined, for g [N, H, W, O]: [N, H, W, I] in pieces of so many features.
+
+    It is the convolution of g with the kernel turned around.
+    """
     form = _form(g, kernel.shape[3] <= F4_FEATURES)
     grid = _both_axes(form.kernel, kernel)  # as in the forward pass, so that XLA computes it once
     form, order = _turned_around(form)
-    return _products(g, [[grid[a][b].T for b in order] for a in order], form)
+    kernels = [[grid[a][b].T for b in order] for a in order]
+    ends = np.cumsum(features)[:-1]
+    return in_chunks(lambda g: jnp.split(_convolve(g, kernels, form), ends, -1), [g], _growth(form) * g.nbytes, after)
 
 
-def _products(x: Array, kernels: Grid, form: Winograd) -> Array:
+def _convolve(x: Array, kernels: Grid, form: Winograd) -> Array:
+    """The convolution of x with the transformed kernels."""
     h, w = x.shape[1:3]
     m = len(form.output)
-
-    def of(x: Array) -> Array:
-        tiles = _transform_tiles(form.input, x, 1, m)
-        products = [[v @ u for v, u in zip(*rows, strict=True)] for rows in zip(tiles, kernels, strict=True)]
-        # Outputs side by side in the features are side by side in the row too.
-        rows = jnp.stack([jnp.concatenate(_combine(form.output, row), -1) for row in products])
-        y = _multiply(form.output, rows).reshape(m, len(x), -(-h // m), m * -(-w // m), -1)
-        return y.transpose(1, 2, 0, 3, 4).reshape(len(x), -1, *y.shape[3:])[:, :h, :w]
-
-    return in_chunks(of, x, _growth(form) * x.nbytes)
+    tiles = _transform_tiles(form.input, x, 1, m)
+    products = [[v @ u for v, u in zip(*rows, strict=True)] for rows in zip(tiles, kernels, strict=True)]
+    # Outputs side by side in the features are side by side in the row too.
+    rows = jnp.stack([jnp.concatenate(_combine(form.output, row), -1) for row in products])
+    y = _multiply(form.output, rows).reshape(m, len(x), -(-h // m), m * -(-w // m), -1)
+    return y.transpose(1, 2, 0, 3, 4).reshape(len(x), -1, *y.shape[3:])[:, :h, :w]
 
 
-def kernel_gradient(x: Array, g: Array) -> Array:
-    """Of `conv` to its kernel, for x [N, H, W, I] and g [N, H, W, O]: [3, 3, I, O]."""
-    form = _form(x, x.shape[-1] * g.shape[-1] <= F4_KERNEL)
+def kernel_gradient(xs: Sequence[Array], join: Join, g: Array) -> Array:
+    """Of `conv` to its kernel, for join(*xs) [N, H, W, I] and g [N, H, W, O]: [3, 3, I, O]."""
+    features = sum(x.shape[-1] for x in xs)
+    form = _form(g, features * g.shape[-1] <= F4_KERNEL)
     m = len(form.output)
     # The more features go to the right, since XLA's product is slower at packing the left tiles; turning the kernel
     # back costs more than that where it is large.
-    turned = x.shape[-1] > g.shape[-1] and x.shape[-1] * g.shape[-1] <= TURNED_KERNEL
+    turned = features > g.shape[-1] and features * g.shape[-1] <= TURNED_KERNEL
 
-    def of(x: Array, g: Array) -> Grid:
-        grids = [_transform_tiles(form.input, x, 1, m), _transform_tiles(form.output.T, g, 0, m)]
+    def of(g: Array, *xs: Array) -> Grid:
+        grids = [_transform_tiles(form.input, join(*xs), 1, m), _transform_tiles(form.output.T, g, 0, m)]
         left, right = reversed(grids) if turned else grids
         return [[v.T @ u for v, u in zip(*rows, strict=True)] for rows in zip(left, right, strict=True)]
 
-    size = math.gcd(*(_chunk(len(a), _growth(form) * a.nbytes) for a in (x, g)))
-    if size == len(x):
-        total = of(x, g)
-    else:
-        chunks = [a.reshape(-1, size, *a.shape[1:]) for a in (x, g)]
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of, *(a[0] for a in chunks)))
-        total, _ = lax.scan(lambda sums, xg: (jax.tree.map(jnp.add, sums, of(*xg)), None), zeros, chunks)
+    size = math.gcd(*(_chunk(len(g), _growth(form) * nbytes) for nbytes in (sum(x.nbytes for x in xs), g.nbytes)))
+    total = _sum_over_chunks(of, [g, *xs], size)
     kernel = jnp.stack([jnp.stack(row) for row in _both_axes(form.kernel.T, total)])
     return kernel.swapaxes(2, 3) if turned else kernel
+
+
+def halving_kernel_gradient(x: Array, g: Array) -> Array:
+    """Of `layers.halving_conv` to its kernel, for x [N, 2H, 2W, I] and g [N, H, W, O]: [3, 3, I, O].
+
+    A product for each tap, where XLA would hold x and g transposed, from the forward pass on.
+    """
+
+    def previous(y: Array, axis: int) -> Array:
+        pad = [(1, 0) if a == axis else (0, 0) for a in range(4)]
+        return lax.slice_in_dim(jnp.pad(y, pad), 0, y.shape[axis], axis=axis)
+
+    def of(x: Array, g: Array) -> Array:
+        n, h, w, _ = g.shape
+        phases = x.reshape(n, h, 2, w, 2, -1)
+        rows = [[previous(phases[:, :, p, :, 1], 2), phases[:, :, p, :, 0], phases[:, :, p, :, 1]] for p in (0, 1)]
+        taps = [*(previous(odd, 1) for odd in rows[1]), *rows[0], *rows[1]]
+        return jnp.stack([jnp.einsum("nhwi,nhwo->io", tap, g) for tap in taps])
+
+    total = _sum_over_chunks(of, [x, g], _chunk(len(x), 9 / 4 * x.nbytes))
+    return total.reshape(3, 3, *total.shape[1:])
 
 
 def transposed_conv(x: Array, kernel: Array) -> Array:
@@ -208,4 +250,4 @@ def transposed_conv(x: Array, kernel: Array) -> Array:
         below = [odd + next_of(even, 1) for odd, even in zip(rows[2], rows[0], strict=True)]
         return _interleave([rows[1], below])
 
-    return in_chunks(of, x, 9 * features * x.nbytes // x.shape[-1])
+    return in_chunks(of, [x], 9 * features * x.nbytes // x.shape[-1])

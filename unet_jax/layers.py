@@ -3,11 +3,13 @@
 Layout is NHWC, kernels are HWIO. Parameters keep the names and shapes of the linen layers that they stand for.
 """
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,33 +40,131 @@ def is_concrete(x: Array) -> bool:
     return all(isinstance(side, int) for side in x.shape)
 
 
-@jax.custom_vjp
-def same_conv(x: Array, kernel: Array) -> Array:
-    """3x3 convolution of stride 1 of x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O].
+def _rectified(x: Array, relu_first: bool) -> Array:
+    return (jnp.maximum(x, 0) if relu_first else x).astype(_statistics_dtype(x))
 
-    On the CPU by Winograd, where a picture's tiles fit its cache.
+
+@flax.struct.dataclass
+class Scaled:
+    """x * gain + shift of x [N, H, W, C], or of max(x, 0) if `relu_first`, with gain and shift [C]: [N, H, W, C].
+
+    The output of batch norm, to be computed where it is used: on the CPU it is then never written as a whole. Made by
+    `scaled` alone: the gradient to x here is the one to the value, summed over all places that use it.
     """
-    cpu = cpu_convs.conv if is_concrete(x) and cpu_convs.tiles_fit(x, kernel.shape[-1]) else _same_conv
-    return lax.platform_dependent(x, kernel, cpu=cpu, default=_same_conv)
+
+    x: Array
+    gain: Array
+    shift: Array
+    relu_first: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def value(self) -> Array:
+        """The array, in x's dtype."""
+        return _scale(self.x, self.gain, self.shift, self.relu_first)
 
 
-def _same_conv(x: Array, kernel: Array) -> Array:
-    return conv(x, kernel, padding=1)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scale(x: Array, gain: Array, shift: Array, relu_first: bool) -> Array:
+    return (_rectified(x, relu_first) * gain[None, None, None] + shift[None, None, None]).astype(x.dtype)
 
 
-def _same_conv_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    def direct(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-        return jax.vjp(_same_conv, x, kernel)[1](g)
-
-    def on_cpu(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-        fits = cpu_convs.tiles_fit(g, x.shape[-1])
-        to_x = cpu_convs.input_gradient(kernel, g) if fits else direct(x, kernel, g)[0]
-        return to_x, cpu_convs.kernel_gradient(x, g)
-
-    return lax.platform_dependent(*residuals, g, cpu=on_cpu, default=direct)
+def _scale_bwd(relu_first: bool, gain: Array, g: Array) -> tuple[Array, Array, Array]:
+    return g, jnp.zeros_like(gain), jnp.zeros_like(gain)
 
 
-same_conv.defvjp(lambda x, kernel: (same_conv(x, kernel), (x, kernel)), _same_conv_bwd)
+_scale.defvjp(lambda x, gain, shift, relu_first: (_scale(x, gain, shift, relu_first), gain), _scale_bwd)
+
+
+def scaled(x: Array, gain: Array, shift: Array, relu_first: bool = False) -> Scaled:
+    """The `Scaled` of x [N, H, W, C], gain and shift [C]."""
+    return Scaled(_used_later(x, gain, shift, relu_first), gain, shift, relu_first)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _used_later(x: Array, gain: Array, shift: Array, relu_first: bool) -> Array:
+    return x
+
+
+def _used_later_bwd(relu_first: bool, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    x, gain = residuals
+    g = g.astype(gain.dtype)
+    dx = g * gain[None, None, None]
+    dx = jnp.where(x > 0, dx, 0) if relu_first else dx
+    return dx.astype(x.dtype), channel_sum(g * _rectified(x, relu_first)), channel_sum(g)
+
+
+_used_later.defvjp(lambda x, gain, shift, relu_first: (x, (x, gain)), _used_later_bwd)
+
+
+def value_of(x: Array | Scaled) -> Array:
+    """The array that x stands for."""
+    return x.value() if isinstance(x, Scaled) else x
+
+
+Parts = tuple[Array | Scaled, ...]
+
+
+@jax.custom_vjp
+def same_conv(parts: Parts, kernel: Array, bias: Array) -> Array:
+    """3x3 convolution of stride 1 of x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O], plus bias [O].
+
+    x comes in parts that stand side by side in the features, [N, H, W, I1], [N, H, W, I2], ..., and the gradient keeps
+    those alone. On the CPU by Winograd, where a picture's tiles fit its cache.
+    """
+    xs, _ = _opened(parts)
+    fits = is_concrete(xs[0]) and cpu_convs.tiles_fit(xs, kernel.shape[-1])
+    return lax.platform_dependent(parts, kernel, bias, cpu=_winograd if fits else _same_conv, default=_same_conv)
+
+
+def _opened(parts: Parts) -> tuple[list[Array], cpu_convs.Join]:
+    """The parts' arrays, and what makes one array of them, or of a few of their pictures."""
+
+    def join(*xs: Array) -> Array:
+        pairs = zip(parts, xs, strict=True)
+        return _joined(tuple(dataclasses.replace(p, x=x) if isinstance(p, Scaled) else x for p, x in pairs))
+
+    return [part.x if isinstance(part, Scaled) else part for part in parts], join
+
+
+def _joined(parts: Parts) -> Array:
+    return jnp.concatenate([value_of(part) for part in parts], -1)
+
+
+def _winograd(parts: Parts, kernel: Array, bias: Array) -> Array:
+    return cpu_convs.conv(*_opened(parts), kernel, bias)
+
+
+def _same_conv(parts: Parts, kernel: Array, bias: Array) -> Array:
+    return conv(_joined(parts), kernel, padding=1) + bias[None, None, None]
+
+
+def _same_conv_bwd(residuals: tuple[Parts, Array], g: Array) -> tuple[Parts, Array, Array]:
+    parts, kernel = residuals
+    features = [x.shape[-1] for x in _opened(parts)[0]]
+
+    def one_by_one(kernel: Array, g: Array) -> list[Array]:
+        # Computed for all at once, each would be copied out of it.
+        like = [jax.ShapeDtypeStruct((*g.shape[:3], count), g.dtype) for count in features]
+        kernels = jnp.split(kernel, np.cumsum(features)[:-1], 2)
+        pairs = zip(like, kernels, strict=True)
+        return [jax.linear_transpose(lambda x, own=own: conv(x, own, padding=1), x)(g)[0] for x, own in pairs]
+
+    def direct(parts: Parts, kernel: Array, g: Array) -> tuple[list[Array], Array]:
+        x = _joined(parts)
+        to_kernel = jax.linear_transpose(lambda kernel: conv(x, kernel, padding=1), kernel)(g)[0]
+        return one_by_one(kernel, g), to_kernel
+
+    def on_cpu(parts: Parts, kernel: Array, g: Array) -> tuple[list[Array], Array]:
+        to_kernel = cpu_convs.kernel_gradient(*_opened(parts), g)
+        if cpu_convs.tiles_fit([g], kernel.shape[2]):
+            return cpu_convs.input_gradient(features, kernel, g, after=to_kernel), to_kernel
+        return one_by_one(kernel, g), to_kernel
+
+    to_values, to_kernel = lax.platform_dependent(parts, kernel, g, cpu=on_cpu, default=direct)
+    to_parts = tuple(jax.vjp(value_of, part)[1](to)[0] for part, to in zip(parts, to_values, strict=True))
+    return to_parts, to_kernel, channel_sum(g)
+
+
+same_conv.defvjp(lambda parts, kernel, bias: (same_conv(parts, kernel, bias), (parts, kernel)), _same_conv_bwd)
 
 
 def channel_sum(x: Array) -> Array:
@@ -137,7 +237,10 @@ def halving_conv(x: Array, kernel: Array) -> Array:
 
 
 def _halving_conv_kernel_grad(x: Array, kernel: Array, g: Array) -> Array:
-    return jax.linear_transpose(lambda k: conv(x, k, strides=2, padding=1), kernel)(g)[0]
+    def direct(x: Array, g: Array) -> Array:
+        return jax.linear_transpose(lambda k: conv(x, k, strides=2, padding=1), kernel)(g)[0]
+
+    return lax.platform_dependent(x, g, cpu=cpu_convs.halving_kernel_gradient, default=direct)
 
 
 def _halving_conv_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -149,7 +252,10 @@ halving_conv.defvjp(lambda x, kernel: (halving_conv(x, kernel), (x, kernel)), _h
 
 
 class Conv(nn.Module):
-    """Convolution with bias and PyTorch's initial weights; padding keeps the size (3x3 at stride 2 halves it)."""
+    """Convolution with bias and PyTorch's initial weights; padding keeps the size (3x3 at stride 2 halves it).
+
+    Of x [N, H, W, I], or of several that stand side by side in the features.
+    """
 
     features: int
     kernel_size: int = 3
@@ -157,19 +263,19 @@ class Conv(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        k, in_features = self.kernel_size, x.shape[-1]
-        kernel = self.param("kernel", kernel_init, (k, k, in_features, self.features))
-        bias = self.param("bias", bias_init(k * k * in_features), (self.features,))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        wide = x.dtype != jnp.bfloat16  # Winograd's sums would be rounded to 8 bits
+    def __call__(self, *parts: Array | Scaled) -> Array:
+        k, in_features = self.kernel_size, sum(x.shape[-1] for x in _opened(parts)[0])
+        kernel = self.param("kernel", kernel_init, (k, k, in_features, self.features)).astype(self.dtype)
+        bias = self.param("bias", bias_init(k * k * in_features), (self.features,)).astype(self.dtype)
+        wide = kernel.dtype != jnp.bfloat16  # Winograd's sums would be rounded to 8 bits
         if wide and (k, self.strides) == (3, 1) and min(in_features, self.features) >= cpu_convs.WINOGRAD_FEATURES:
-            y = same_conv(x, kernel)
-        elif (k, self.strides) == (3, 2) and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
+            return same_conv(jax.tree.map(lambda x: x.astype(self.dtype), parts), kernel, bias)
+        x = _joined(parts).astype(self.dtype)
+        if (k, self.strides) == (3, 2) and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
             y = halving_conv(x, kernel)
         else:
             y = conv(x, kernel, self.strides, k // 2)
-        return add_bias(y, bias.astype(self.dtype))
+        return add_bias(y, bias)
 
 
 class TransposedConv(nn.Module):
@@ -179,7 +285,8 @@ class TransposedConv(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array | Scaled) -> Array:
+        x = value_of(x)
         # PyTorch counts the fan-in of a transposed conv over its output features.
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=2, out_axis=3)
         kernel = self.param("kernel", init, (3, 3, self.features, x.shape[-1]))
@@ -274,59 +381,36 @@ def resize_double(x: Array) -> Array:
     return double_axis(double_axis(x, 2), 1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def normalize(x: Array, scale: Array, bias: Array, epsilon: float, relu_first: bool) -> tuple[Array, Array, Array]:
-    """Batch norm of x [N, H, W, C] by its own statistics, of max(x, 0) if `relu_first`.
-
-    Returns (y, mean [C], var [C]) with y in x's dtype and float32 (or wider) statistics. The hand-written gradient
-    (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3) keeps x alone between the passes; no gradient flows through
-    mean and var, which only feed the running statistics.
-    """
-    y, mean, var, _ = _normalize(x, scale, bias, epsilon, relu_first)
-    return y, mean, var
-
-
 def _statistics_dtype(x: Array) -> DTypeLike:
     return np.promote_types(x.dtype, np.float32)  # jnp's refuses bfloat16 where promotion is strict
 
 
-def _normalize(
-    x: Array, scale: Array, bias: Array, epsilon: float, relu_first: bool
-) -> tuple[Array, Array, Array, Array]:
-    wide = _statistics_dtype(x)
-    a = jnp.maximum(x, 0) if relu_first else x
-    a = a.astype(wide)
-    count = x.size // x.shape[-1]
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def statistics(x: Array, relu_first: bool) -> tuple[Array, Array]:
+    """Mean and (biased) variance [C], float32 or wider, of x [N, H, W, C], or of max(x, 0) if `relu_first`.
+
+    With the gradient of `scaled` this makes batch norm's (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3), which
+    keeps x alone between the passes.
+    """
+    a, count = _rectified(x, relu_first), x.size // x.shape[-1]
     mean = channel_sum(a) / count
-    var = jnp.maximum(channel_sum(jnp.square(a)) / count - jnp.square(mean), 0)
-    inverse = lax.rsqrt(var + epsilon)
-    gain = scale.astype(wide) * inverse
-    shift = bias.astype(wide) - mean * gain
-    return (a * gain[None, None, None] + shift[None, None, None]).astype(x.dtype), mean, var, inverse
+    return mean, jnp.maximum(channel_sum(jnp.square(a)) / count - jnp.square(mean), 0)
 
 
-def _normalize_fwd(x: Array, scale: Array, bias: Array, epsilon: float, relu_first: bool) -> tuple:
-    y, mean, var, inverse = _normalize(x, scale, bias, epsilon, relu_first)
-    return (y, mean, var), (x, scale, mean, inverse)
+def _statistics_fwd(x: Array, relu_first: bool) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    mean, var = statistics(x, relu_first)
+    return (mean, var), (x, mean)
 
 
-def _normalize_bwd(epsilon: float, relu_first: bool, residuals: tuple, grads: tuple) -> tuple[Array, Array, Array]:
-    x, scale, mean, inverse = residuals
-    wide = _statistics_dtype(x)
-    g = grads[0].astype(wide)
-    a = (jnp.maximum(x, 0) if relu_first else x).astype(wide)
-    centred = (a - mean[None, None, None]) * inverse[None, None, None]
-    d_bias = channel_sum(g)
-    d_scale = channel_sum(g * centred)
-    count = x.size // x.shape[-1]
-    gain = (scale.astype(wide) * inverse)[None, None, None]
-    dx = gain * (g - (d_bias / count)[None, None, None] - centred * (d_scale / count)[None, None, None])
-    if relu_first:
-        dx = jnp.where(x > 0, dx, 0)
-    return dx.astype(x.dtype), d_scale.astype(scale.dtype), d_bias.astype(scale.dtype)
+def _statistics_bwd(relu_first: bool, residuals: tuple[Array, Array], grads: tuple[Array, Array]) -> tuple[Array]:
+    x, mean = residuals
+    to_mean, to_var = (g / (x.size // x.shape[-1]) for g in grads)
+    centred = _rectified(x, relu_first) - mean[None, None, None]
+    dx = to_mean[None, None, None] + 2 * centred * to_var[None, None, None]
+    return ((jnp.where(x > 0, dx, 0) if relu_first else dx).astype(x.dtype),)
 
 
-normalize.defvjp(_normalize_fwd, _normalize_bwd)
+statistics.defvjp(_statistics_fwd, _statistics_bwd)
 
 
 class BatchNorm(nn.Module):
@@ -341,19 +425,17 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool) -> Scaled:
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
-        if not train:
-            gain = scale * lax.rsqrt(running_var.value + self.epsilon)
-            shift = bias - running_mean.value * gain
-            a = nn.relu(x) if self.relu_first else x
-            return (a.astype(gain.dtype) * gain[None, None, None] + shift[None, None, None]).astype(x.dtype)
-        y, mean, var = normalize(x, scale, bias, self.epsilon, self.relu_first)
-        if not self.is_initializing():
-            for running, new in ((running_mean, mean), (running_var, var)):
-                running.value = self.momentum * running.value + (1 - self.momentum) * new
-        return y
+        running = [
+            self.variable("batch_stats", "mean", jnp.zeros, shape),
+            self.variable("batch_stats", "var", jnp.ones, shape),
+        ]
+        mean, var = statistics(x, self.relu_first) if train else (r.value for r in running)
+        if train and not self.is_initializing():
+            for old, new in zip(running, (mean, var), strict=True):
+                old.value = self.momentum * old.value + (1 - self.momentum) * new
+        gain = scale.astype(mean.dtype) * lax.rsqrt(var + self.epsilon)
+        return scaled(x, gain, bias.astype(mean.dtype) - mean * gain, self.relu_first)

@@ -4,6 +4,8 @@ Encoder blocks of widths[0], widths[1], ... with downsampling between them, deco
 [skip, upsampled]; then a 3x3 and a 1x1 convolution to the logits. Parameter names and shapes are stable.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -11,22 +13,23 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from unet_jax.config import Downsampling, Upsampling, check_size
-from unet_jax.layers import BatchNorm, Conv, TransposedConv, max_pool, resize_double
+from unet_jax.layers import BatchNorm, Conv, Scaled, TransposedConv, max_pool, resize_double, value_of
 
 
 class DoubleConv(nn.Module):
-    """(conv 3x3 -> ReLU -> batch norm) twice, then dropout: [N, H, W, I] to [N, H, W, features]."""
+    """(conv 3x3 -> ReLU -> batch norm) twice, then dropout: parts of [N, H, W, I] to [N, H, W, features]."""
 
     features: int
     dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, parts: Sequence[Array | Scaled], train: bool) -> Array | Scaled:
         for i in (1, 2):
-            x = Conv(self.features, dtype=self.dtype, name=f"conv{i}")(x)
-            x = BatchNorm(relu_first=True, name=f"norm{i}")(x, train)
-        return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+            x = Conv(self.features, dtype=self.dtype, name=f"conv{i}")(*parts)
+            parts = [BatchNorm(relu_first=True, name=f"norm{i}")(x, train)]
+        (y,) = parts
+        return nn.Dropout(self.dropout_rate, deterministic=not train)(value_of(y)) if self.dropout_rate else y
 
 
 class Upsample(nn.Module):
@@ -37,13 +40,13 @@ class Upsample(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array | Scaled, train: bool) -> Array:
         if self.method == "transposed_conv":
             return TransposedConv(self.features, dtype=self.dtype, name="conv")(x)
         # The reference resizes first. The 1x1 conv commutes with the resize (whose weights sum to 1 at each output
         # pixel, so the bias passes too) and costs a quarter before it.
         x = resize_double(Conv(self.features, kernel_size=1, dtype=self.dtype, name="conv")(x))
-        return nn.relu(BatchNorm(name="norm")(x, train))
+        return nn.relu(value_of(BatchNorm(name="norm")(x, train)))
 
 
 class UNet(nn.Module):
@@ -69,21 +72,21 @@ class UNet(nn.Module):
     def __call__(self, images: Array, train: bool = False) -> Array:
         check_size(images.shape[1], images.shape[2], len(self.widths))
         block = nn.remat(DoubleConv, static_argnums=(2,)) if self.remat else DoubleConv
-        x, skips, levels = images, [], len(self.widths)
+        x: Array | Scaled = images
+        skips, levels = [], len(self.widths)
         for i, width in enumerate(self.widths):
             # Dropout in the two deepest blocks of the encoder, as in the reproduced runs.
             rate = self.dropout_rate if i >= levels - 2 else 0.0
-            x = block(width, rate, dtype=self.dtype, name=f"encoder{i + 1}")(x, train)
+            x = block(width, rate, dtype=self.dtype, name=f"encoder{i + 1}")([x], train)
             if i < levels - 1:
                 skips.append(x)
                 if self.downsampling == "max_pool":
-                    x = max_pool(x)
+                    x = max_pool(value_of(x))
                 else:
                     x = Conv(width, strides=2, dtype=self.dtype, name=f"down{i + 1}")(x)
         for i, (width, skip) in reversed(list(enumerate(zip(self.widths[:-1], skips, strict=True)))):
             x = Upsample(width, self.upsampling, dtype=self.dtype, name=f"up{i + 1}")(x, train)
-            x = jnp.concatenate([skip, x], axis=-1)
-            x = block(width, dtype=self.dtype, name=f"decoder{i + 1}")(x, train)
+            x = block(width, dtype=self.dtype, name=f"decoder{i + 1}")([skip, x], train)
         x = Conv(self.widths[0], dtype=self.dtype, name="head")(x)
         logits = Conv(self.num_classes, kernel_size=1, dtype=self.dtype, name="logits")(x)
         return logits.astype(np.promote_types(self.dtype, np.float32))

@@ -181,7 +181,7 @@ def infer(state: TrainState, images: ArrayLike, model: UNet) -> Array:
     if jax.default_backend() != "cpu" or not is_concrete(images):
         return logits(images)
     n, h, w, _ = images.shape
-    return in_chunks(logits, images, 4 * n * h * w * model.widths[0])
+    return in_chunks(logits, [images], 4 * n * h * w * model.widths[0])
 
 
 def eval_step(state: TrainState, batch: Batch, *, model: UNet, loss_fn: Loss) -> tuple[Array, PictureSums]:
