@@ -37,7 +37,7 @@ from torch import Tensor
 from unet_jax.config import PUBLISHED, VARIANTS, Variant
 from unet_jax.device import compiler_options
 from unet_jax.from_pytorch import variables_from_state_dict
-from unet_jax.layers import BatchNorm, Conv, value_of
+from unet_jax.layers import BatchNorm, Conv, Scaled, value_of
 from unet_jax.losses import LOSSES
 from unet_jax.model import DoubleConv, UNet
 
@@ -102,7 +102,8 @@ def train_jax(model: UNet, variables: Any, images: np.ndarray, labels: np.ndarra
         (value, (logits, updated)), grads = jax.value_and_grad(objective, has_aux=True)(params, batch_stats)
         updates, opt_state = optimizer.update(grads, opt_state)
         state = optax.apply_updates(params, updates), updated["batch_stats"], opt_state
-        return state, value, (logits, grads, updated["intermediates"])
+        intermediates = jax.tree.map(value_of, updated["intermediates"], is_leaf=lambda x: isinstance(x, Scaled))
+        return state, value, (logits, grads, intermediates)
 
     state: tuple = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
     losses, first = [], None
@@ -122,11 +123,9 @@ def same_side(intermediates: Any, model: UNet) -> Iterator[list[int]]:
     decided: dict[str, list[Tensor]] = {"relu": [], "pool": []}  # what each takes in, in the order of PyTorch's calls
     for name in [f"encoder{i + 1}" for i in range(levels)] + [f"decoder{i}" for i in range(levels - 1, 0, -1)]:
         if name.startswith("decoder") and model.upsampling == "resize":
-            decided["relu"].append(
-                nchw(np.asarray(value_of(intermediates[name.replace("decoder", "up")]["norm"]["__call__"][0])))
-            )
+            decided["relu"].append(nchw(intermediates[name.replace("decoder", "up")]["norm"]["__call__"][0]))
         decided["relu"] += [nchw(intermediates[name][conv]["__call__"][0]) for conv in ("conv1", "conv2")]
-        decided["pool"].append(nchw(np.asarray(value_of(intermediates[name]["__call__"][0]))))
+        decided["pool"].append(nchw(intermediates[name]["__call__"][0]))
     relus, pools, changed = iter(decided["relu"]), iter(decided["pool"]), [0]
 
     def relu(x: Tensor, inplace: bool = False) -> Tensor:

@@ -150,6 +150,13 @@ def _sum_over_chunks(f: Callable[..., Any], xs: Sequence[Array], size: int) -> A
     return lax.scan(lambda sums, xs: (jax.tree.map(jnp.add, sums, f(*xs)), None), zeros, chunks)[0]
 
 
+def shift(x: Array, axis: int, step: int) -> Array:
+    """x[i + step] at i along the axis for step +-1, zeros beyond the end."""
+    n = x.shape[axis]
+    inner = lax.slice_in_dim(x, max(step, 0), n + min(step, 0), axis=axis)
+    return jnp.pad(inner, [(max(-step, 0), max(step, 0)) if a == axis else (0, 0) for a in range(x.ndim)])
+
+
 def _interleave(grid: list[list[Array]]) -> Array:
     """[N, 2H, 2W, C] with grid[p][q] [N, H, W, C] at rows 2i+p and columns 2j+q."""
     n, h, w, c = grid[0][0].shape
@@ -217,15 +224,11 @@ def halving_kernel_gradient(x: Array, g: Array) -> Array:
     A product for each tap, where XLA would hold x and g transposed, from the forward pass on.
     """
 
-    def previous(y: Array, axis: int) -> Array:
-        pad = [(1, 0) if a == axis else (0, 0) for a in range(4)]
-        return lax.slice_in_dim(jnp.pad(y, pad), 0, y.shape[axis], axis=axis)
-
     def of(x: Array, g: Array) -> Array:
         n, h, w, _ = g.shape
         phases = x.reshape(n, h, 2, w, 2, -1)
-        rows = [[previous(phases[:, :, p, :, 1], 2), phases[:, :, p, :, 0], phases[:, :, p, :, 1]] for p in (0, 1)]
-        taps = [*(previous(odd, 1) for odd in rows[1]), *rows[0], *rows[1]]
+        rows = [[shift(phases[:, :, p, :, 1], 2, -1), phases[:, :, p, :, 0], phases[:, :, p, :, 1]] for p in (0, 1)]
+        taps = [*(shift(odd, 1, -1) for odd in rows[1]), *rows[0], *rows[1]]
         return jnp.stack([jnp.einsum("nhwi,nhwo->io", tap, g) for tap in taps])
 
     total = _sum_over_chunks(of, [x, g], _chunk(len(x), 9 / 4 * x.nbytes))
@@ -239,15 +242,11 @@ def transposed_conv(x: Array, kernel: Array) -> Array:
     """
     features = kernel.shape[2]
 
-    def next_of(y: Array, axis: int) -> Array:
-        pad = [(0, 1) if a == axis else (0, 0) for a in range(4)]
-        return jnp.pad(lax.slice_in_dim(y, 1, y.shape[axis], axis=axis), pad)
-
     def of(x: Array) -> Array:
         taps = jnp.einsum("nhwi,ki->nhwk", x, kernel.reshape(-1, x.shape[-1]))
         t = [[taps[..., (3 * i + j) * features :][..., :features] for j in range(3)] for i in range(3)]
-        rows = [[row[1], row[2] + next_of(row[0], 2)] for row in t]
-        below = [odd + next_of(even, 1) for odd, even in zip(rows[2], rows[0], strict=True)]
+        rows = [[row[1], row[2] + shift(row[0], 2, 1)] for row in t]
+        below = [odd + shift(even, 1, 1) for odd, even in zip(rows[2], rows[0], strict=True)]
         return _interleave([rows[1], below])
 
     return in_chunks(of, [x], 9 * features * x.nbytes // x.shape[-1])

@@ -134,30 +134,25 @@ def _winograd(parts: Parts, kernel: Array, bias: Array) -> Array:
 
 
 def _same_conv(parts: Parts, kernel: Array, bias: Array) -> Array:
-    return conv(_joined(parts), kernel, padding=1) + bias[None, None, None]
+    return add_bias(conv(_joined(parts), kernel, padding=1), bias)
 
 
 def _same_conv_bwd(residuals: tuple[Parts, Array], g: Array) -> tuple[Parts, Array, Array]:
     parts, kernel = residuals
     features = [x.shape[-1] for x in _opened(parts)[0]]
 
-    def one_by_one(kernel: Array, g: Array) -> list[Array]:
-        # Computed for all at once, each would be copied out of it.
-        like = [jax.ShapeDtypeStruct((*g.shape[:3], count), g.dtype) for count in features]
-        kernels = jnp.split(kernel, np.cumsum(features)[:-1], 2)
-        pairs = zip(like, kernels, strict=True)
-        return [jax.linear_transpose(lambda x, own=own: conv(x, own, padding=1), x)(g)[0] for x, own in pairs]
-
     def direct(parts: Parts, kernel: Array, g: Array) -> tuple[list[Array], Array]:
         x = _joined(parts)
         to_kernel = jax.linear_transpose(lambda kernel: conv(x, kernel, padding=1), kernel)(g)[0]
-        return one_by_one(kernel, g), to_kernel
+        # One by one: computed for all at once, each would be copied out of it.
+        pairs = zip(_opened(parts)[0], jnp.split(kernel, np.cumsum(features)[:-1], 2), strict=True)
+        return [jax.linear_transpose(partial(conv, kernel=own, padding=1), x)(g)[0] for x, own in pairs], to_kernel
 
     def on_cpu(parts: Parts, kernel: Array, g: Array) -> tuple[list[Array], Array]:
         to_kernel = cpu_convs.kernel_gradient(*_opened(parts), g)
         if cpu_convs.tiles_fit([g], kernel.shape[2]):
             return cpu_convs.input_gradient(features, kernel, g, after=to_kernel), to_kernel
-        return one_by_one(kernel, g), to_kernel
+        return direct(parts, kernel, g)[0], to_kernel
 
     to_values, to_kernel = lax.platform_dependent(parts, kernel, g, cpu=on_cpu, default=direct)
     to_parts = tuple(jax.vjp(value_of, part)[1](to)[0] for part, to in zip(parts, to_values, strict=True))
@@ -341,13 +336,6 @@ def _blend_weights(x: Array, axis: int) -> tuple[Array, ...]:
     return tuple(jnp.asarray(weights, x.dtype).reshape(shape) for weights in (to_previous, to_previous[::-1]))
 
 
-def _shift(x: Array, axis: int, step: int) -> Array:
-    """x[i + step] at i along the axis for step +-1, zeros beyond the end."""
-    n = x.shape[axis]
-    inner = lax.slice_in_dim(x, max(step, 0), n + min(step, 0), axis=axis)
-    return jnp.pad(inner, [(max(-step, 0), max(step, 0)) if a == axis else (0, 0) for a in range(x.ndim)])
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def double_axis(x: Array, axis: int) -> Array:
     """Linear interpolation that doubles the points along an axis, first and last kept (aligned corners).
@@ -356,8 +344,8 @@ def double_axis(x: Array, axis: int) -> Array:
     product multiplies mostly zeros. The automatic gradient would pad each slice; the hand-written one shifts too.
     """
     previous, following = _blend_weights(x, axis)
-    even = (1 - previous) * x + previous * _shift(x, axis, -1)
-    odd = (1 - following) * x + following * _shift(x, axis, 1)
+    even = (1 - previous) * x + previous * cpu_convs.shift(x, axis, -1)
+    odd = (1 - following) * x + following * cpu_convs.shift(x, axis, 1)
     shape = (*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
     return jnp.stack([even, odd], axis + 1).reshape(shape)
 
@@ -367,7 +355,7 @@ def _double_axis_bwd(axis: int, _: None, g: Array) -> tuple[Array]:
     even, odd = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
     previous, following = _blend_weights(even, axis)
     own = (1 - previous) * even + (1 - following) * odd
-    return (own + _shift(previous * even, axis, 1) + _shift(following * odd, axis, -1),)
+    return (own + cpu_convs.shift(previous * even, axis, 1) + cpu_convs.shift(following * odd, axis, -1),)
 
 
 double_axis.defvjp(lambda x, axis: (double_axis(x, axis), None), _double_axis_bwd)

@@ -27,8 +27,8 @@ class DoubleConv(nn.Module):
     def __call__(self, parts: Sequence[Array | Scaled], train: bool) -> Array | Scaled:
         for i in (1, 2):
             x = Conv(self.features, dtype=self.dtype, name=f"conv{i}")(*parts)
-            parts = [BatchNorm(relu_first=True, name=f"norm{i}")(x, train)]
-        (y,) = parts
+            y = BatchNorm(relu_first=True, name=f"norm{i}")(x, train)
+            parts = [y]
         return nn.Dropout(self.dropout_rate, deterministic=not train)(value_of(y)) if self.dropout_rate else y
 
 
