@@ -34,10 +34,11 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from unet_jax.batch_norm import BatchNorm, Scaled, value_of
 from unet_jax.config import PUBLISHED, VARIANTS, Variant
 from unet_jax.device import compiler_options
 from unet_jax.from_pytorch import variables_from_state_dict
-from unet_jax.layers import BatchNorm, Conv, Scaled, value_of
+from unet_jax.layers import Conv
 from unet_jax.losses import LOSSES
 from unet_jax.model import DoubleConv, UNet
 

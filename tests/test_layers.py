@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from unet_jax import cpu_convs, layers
-from unet_jax.layers import BatchNorm, Conv, TransposedConv, double_axis, max_pool, resize_double, scaled
+from unet_jax.batch_norm import BatchNorm
+from unet_jax.layers import Conv, TransposedConv, double_axis, max_pool, resize_double
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -47,76 +47,6 @@ def test_conv_is_linens_with_padding_that_keeps_the_size(kernel_size, strides, s
     size = (kernel_size, kernel_size)
     linen = nn.Conv(5, size, strides=strides, padding=kernel_size // 2)
     assert_same(apply_params(Conv(5, kernel_size, strides)), apply_params(linen), params, normal(*shape))
-
-
-F2, F4 = cpu_convs.F2, cpu_convs.F4
-
-
-@pytest.mark.parametrize(
-    ("shape", "form"),
-    [((2, 8, 6), F2), ((3, 5, 7), F2), ((2, 1, 1), F2), ((1, 15, 2), F2), ((2, 24, 23), F4), ((6, 13, 10), F4)],
-)
-@pytest.mark.parametrize("more", [(0, 3), (3, 0)])  # of them come out, go in
-def test_conv_of_many_features_is_linens(shape, form, more, monkeypatch):
-    features, out = (cpu_convs.WINOGRAD_FEATURES + m for m in more)
-    params = {"kernel": normal(3, 3, features, out) / (3 * features**0.5), "bias": normal(out)}
-    x = normal(*shape, features)
-    assert cpu_convs._form(x, True) is form
-    # So that the batch is cut, where there is one.
-    widest = x.nbytes / len(x) * max(1, out / features)
-    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", int(cpu_convs._growth(form) * widest))
-    monkeypatch.setattr(cpu_convs, "conv", chex.assert_max_traces(cpu_convs.conv, n=1))
-    chex.clear_trace_counter()
-    assert_same(apply_params(Conv(out)), apply_params(nn.Conv(out, (3, 3), padding=1)), params, x)
-    with pytest.raises(AssertionError, match="traced"):  # the fast form is what was tested
-        jax.jit(apply_params(Conv(out)))(params, np.concatenate([x, x]))
-
-
-@pytest.mark.parametrize("picture_bytes", [0, cpu_convs.PICTURE_BYTES])  # XLA's convolution, Winograd's
-@pytest.mark.parametrize("out", [3, cpu_convs.WINOGRAD_FEATURES])
-def test_conv_of_parts_and_scaled_ones_is_of_their_values_side_by_side(out, picture_bytes, monkeypatch):
-    features = cpu_convs.WINOGRAD_FEATURES
-    params = {"kernel": normal(3, 3, features + 5, out) / (3 * features**0.5), "bias": normal(out)}
-    first, *second = normal(2, 9, 10, 5), normal(2, 9, 10, features), normal(features), normal(features, seed=1)
-    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(cpu_convs, "PICTURE_BYTES", picture_bytes)
-
-    def ours(params, first, *second):
-        part = scaled(*second, relu_first=True)
-        # Used twice: the gradient is of both.
-        return Conv(out).apply({"params": params}, first, part) + part.value()[..., :1]
-
-    def textbook(params, first, x, gain, shift):
-        value = nn.relu(x) * gain[None, None, None] + shift[None, None, None]
-        conv = nn.Conv(out, (3, 3), padding=1)
-        return conv.apply({"params": params}, jnp.concatenate([first, value], -1)) + value[..., :1]
-
-    assert_same(ours, textbook, params, first, *second)
-
-
-@pytest.mark.parametrize("features", [32, cpu_convs.F4_FEATURES, 2 * cpu_convs.F4_FEATURES])
-def test_fast_conv_keeps_float32s_accuracy(features):
-    x, kernel = normal(4, 32, 24, features), normal(3, 3, features, 64) / (3 * features**0.5)
-    padded, wide = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(np.float64), kernel.astype(np.float64)
-
-    def of_one(x, kernel):
-        return cpu_convs.conv([x], lambda x: x, kernel, jnp.zeros(64))
-
-    exact = sum(padded[:, i : i + 32, j : j + 24] @ wide[i, j] for i, j in np.ndindex(3, 3))
-    np.testing.assert_allclose(jax.jit(of_one)(x, kernel), exact, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("n", "nbytes", "chunk"), [(8, 2**23, 8), (8, 2**24, 4), (6, 2**25, 1), (12, 3 * 2**23, 4)])
-def test_chunks_are_divisors_that_fit(n, nbytes, chunk):
-    assert cpu_convs._chunk(n, nbytes) == chunk
-
-
-def test_forms_of_the_transposed_conv_agree():
-    # The CPU runs one of them, a GPU the other.
-    x, kernel = normal(2, 3, 4, 4), TRANSPOSED_PARAMS["kernel"]
-    forms = (layers._transposed_conv, cpu_convs.transposed_conv)
-    y, expected = (jax.jit(form)(x, kernel) for form in forms)
-    np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
 TRANSPOSED_PARAMS = {"kernel": normal(3, 3, 5, 4), "bias": normal(5)}

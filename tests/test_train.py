@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from unet_jax import cpu_convs, device, runs, train
+from unet_jax import device, runs, train
 from unet_jax.config import PUBLISHED, DataConfig, ModelConfig, RunConfig, TrainConfig, default_config
 from unet_jax.data.batches import Batch, Loader, shuffled, validation_rows
 from unet_jax.data.cache import Split
@@ -285,12 +285,3 @@ def test_a_gpu_is_given_bfloat16_convolutions_and_none_of_the_cpu_forms(variant)
     assert len(convolutions) == 3 * kernels - 1
     assert all("xbf16>" in line and "xf32>" not in line for line in convolutions)
     assert not any("dot_general" in line or "stablehlo.while" in line for line in lines)
-
-
-def test_inference_by_single_pictures_is_that_of_all(monkeypatch, placement):
-    state, images = runs.fresh_state(CONFIG), random_split(3).images
-    model = train.make_model(CONFIG.model, 3)
-    expected = model.apply(train.variables(state), train.prepare(images, model.dtype))
-    monkeypatch.setattr(cpu_convs, "CHUNK_BYTES", 1)
-    assert "while" in jax.jit(partial(train.infer, model=model)).lower(state, images).as_text()
-    np.testing.assert_allclose(train.infer(state, images, model), expected, rtol=1e-5, atol=1e-5)

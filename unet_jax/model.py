@@ -12,8 +12,9 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from unet_jax.batch_norm import BatchNorm, Scaled, value_of
 from unet_jax.config import Downsampling, Upsampling, check_size
-from unet_jax.layers import BatchNorm, Conv, Scaled, TransposedConv, max_pool, resize_double, value_of
+from unet_jax.layers import Conv, TransposedConv, max_pool, resize_double
 
 
 class DoubleConv(nn.Module):

@@ -15,11 +15,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from unet_jax.augment import augment
+from unet_jax.batch_norm import BatchNorm
 from unet_jax.config import Augment, ModelConfig, RunConfig, TrainConfig
-from unet_jax.cpu_convs import in_chunks
 from unet_jax.data.batches import Batch, Loader
 from unet_jax.device import Placement, compiler_options, compute_dtype
-from unet_jax.layers import BatchNorm, is_concrete
 from unet_jax.losses import Loss, make_loss
 from unet_jax.metrics import PictureSums, picture_sums, scores
 from unet_jax.model import UNet
@@ -169,19 +168,9 @@ def inference_state(state: TrainState) -> TrainState:
 
 
 def infer(state: TrainState, images: ArrayLike, model: UNet) -> Array:
-    """Logits [N, H, W, num_classes] of pictures uint8 [N, H, W, C]: running statistics, no dropout.
-
-    On the CPU a few pictures go at once: they use memory again that all at once would take from the system.
-    """
-
-    def logits(images: ArrayLike) -> Any:
-        return model.apply(variables(state), prepare(images, model.dtype))
-
-    images = jnp.asarray(images)
-    if jax.default_backend() != "cpu" or not is_concrete(images):
-        return logits(images)
-    n, h, w, _ = images.shape
-    return in_chunks(logits, [images], 4 * n * h * w * model.widths[0])
+    """Logits [N, H, W, num_classes] of pictures uint8 [N, H, W, C]: running statistics, no dropout."""
+    logits: Any = model.apply(variables(state), prepare(images, model.dtype))
+    return logits
 
 
 def eval_step(state: TrainState, batch: Batch, *, model: UNet, loss_fn: Loss) -> tuple[Array, PictureSums]:

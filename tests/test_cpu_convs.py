@@ -1,0 +1,160 @@
+"""The convolutions in C++ against their textbook forms: values to 1e-5, gradients to 1e-4."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_layers import apply_params, assert_same, normal
+
+from unet_jax import cpu_convs
+from unet_jax.batch_norm import scaled
+from unet_jax.layers import Conv, TransposedConv
+
+pytestmark = pytest.mark.skipif(not cpu_convs.is_available(), reason="no C++ compiler, or not on a single CPU")
+
+
+def calls(f, *args) -> int:
+    """How many calls of the C++ there are in f."""
+    return jax.jit(f).lower(*args).as_text().count("@unet_jax_")
+
+
+def conv_params(features: int, out: int) -> dict[str, np.ndarray]:
+    return {"kernel": normal(3, 3, features, out) / (3 * features**0.5), "bias": normal(out)}
+
+
+@pytest.fixture(params=[2, 4])
+def tile(request, monkeypatch):
+    """m of F(m x m, 3x3), both in turn."""
+    monkeypatch.setattr(cpu_convs, "_tile", lambda *_: np.int64(request.param))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6), (3, 5, 7), (2, 1, 1), (1, 15, 2), (6, 13, 30)])
+@pytest.mark.parametrize(("features", "out"), [(16, 48), (112, 32)])
+def test_conv_is_linens(shape, features, out, tile):
+    params, x = conv_params(features, out), normal(*shape, features)
+    assert calls(apply_params(Conv(out)), params, x) == 1
+    assert_same(apply_params(Conv(out)), apply_params(nn.Conv(out, (3, 3), padding=1)), params, x)
+
+
+def test_conv_whose_sums_a_cache_does_not_hold_is_linens(tile):
+    params, x = conv_params(128, 96), normal(2, 30, 24, 128) / 10
+    assert_same(apply_params(Conv(96)), apply_params(nn.Conv(96, (3, 3), padding=1)), params, x)
+
+
+@pytest.mark.parametrize("relu_first", [True, False])
+def test_conv_of_parts_and_scaled_ones_is_of_their_values_side_by_side(relu_first, tile):
+    params = conv_params(48, 32)
+    first, *second = normal(2, 9, 10, 16), normal(2, 9, 10, 32), normal(32), normal(32, seed=1)
+
+    def ours(params, first, *second):
+        part = scaled(*second, relu_first=relu_first)
+        # Used twice: the gradient is of both.
+        return Conv(32).apply({"params": params}, first, part) + part.value()[..., :1]
+
+    def textbook(params, first, x, gain, shift):
+        value = (nn.relu(x) if relu_first else x) * gain[None, None, None] + shift[None, None, None]
+        conv = nn.Conv(32, (3, 3), padding=1)
+        return conv.apply({"params": params}, jnp.concatenate([first, value], -1)) + value[..., :1]
+
+    assert calls(ours, params, first, *second) == 1
+    assert_same(ours, textbook, params, first, *second)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6), (3, 2, 2), (5, 20, 26)])
+@pytest.mark.parametrize(("features", "out"), [(16, 48), (96, 32)])
+def test_conv_of_stride_2_is_linens(shape, features, out):
+    params, x = conv_params(features, out), normal(*shape, features)
+    ours, linen = Conv(out, strides=2), nn.Conv(out, (3, 3), 2, padding=1)
+    assert calls(jax.grad(lambda *args: apply_params(ours)(*args).sum(), (0, 1)), params, x) == 2
+    assert_same(apply_params(ours), apply_params(linen), params, x)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 1, 1), (5, 10, 13)])
+@pytest.mark.parametrize(("features", "out"), [(16, 48), (96, 32)])
+def test_transposed_conv_of_a_scaled_one_is_linens(shape, features, out):
+    params = {"kernel": normal(3, 3, out, features) / (3 * features**0.5), "bias": normal(out)}
+    second = normal(*shape, features), normal(features), normal(features, seed=1)
+    linen = nn.ConvTranspose(out, (3, 3), strides=(2, 2), padding=((1, 2), (1, 2)), transpose_kernel=True)
+
+    def ours(params, *second):
+        return apply_params(TransposedConv(out))(params, scaled(*second, relu_first=True))
+
+    def textbook(params, x, gain, shift):
+        return apply_params(linen)(params, nn.relu(x) * gain[None, None, None] + shift[None, None, None])
+
+    assert calls(ours, params, *second) == 1
+    assert_same(ours, textbook, params, *second)
+
+
+@pytest.mark.parametrize("features", [32, 128, 512])
+def test_conv_keeps_float32s_accuracy(features, tile):
+    x, params = normal(4, 16, 24, features), conv_params(features, 64)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(np.float64)
+    wide = params["kernel"].astype(np.float64)
+    exact = params["bias"] + sum(padded[:, i : i + 16, j : j + 24] @ wide[i, j] for i, j in np.ndindex(3, 3))
+    np.testing.assert_allclose(jax.jit(apply_params(Conv(64)))(params, x), exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features", "out", "dtype"), [(16, 24, np.float32), (8, 16, np.float32), (16, 16, jnp.bfloat16)]
+)
+def test_what_the_code_is_not_for_is_left_to_xla(features, out, dtype):
+    assert calls(apply_params(Conv(out, dtype=dtype)), conv_params(features, out), normal(1, 4, 4, features)) == 0
+
+
+WITH_OTHER_FLAGS = """
+import sys
+from unet_jax import cpu_convs
+sys.path.insert(0, "tests")
+import test_cpu_convs as tests
+assert cpu_convs.is_available()
+cpu_convs._tile = lambda *_: tests.np.int64(4)
+tests.test_conv_is_linens((3, 13, 30), 16, 112, None)
+tests.test_conv_of_stride_2_is_linens((2, 8, 6), 48, 32)
+tests.test_transposed_conv_of_a_scaled_one_is_linens((2, 3, 4), 16, 48)
+"""
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flags are x86's")
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx"])
+def test_other_vector_units_compute_the_same(flags, tmp_path):
+    done = run_python(WITH_OTHER_FLAGS, CXXFLAGS=flags, XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_several_threads_share_the_work_and_one_does_it_alone(tmp_path):
+    # XLA's pool has as many threads as there are cores that the process may use.
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n" + WITH_OTHER_FLAGS
+    assert (done := run_python(code)).returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("name", "flags"), [("no-such-compiler", ""), ("c++", "-no-such-flag")])
+def test_without_a_compiler_a_warning_says_so_and_xla_does_the_work(name, flags, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CXX", name)
+    monkeypatch.setenv("CXXFLAGS", flags)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_convs, "is_available", cpu_convs.is_available.__wrapped__)
+    with caplog.at_level(logging.WARNING):
+        assert calls(apply_params(Conv(16)), conv_params(16, 16), normal(1, 4, 4, 16)) == 0
+    assert "C++ compiler" in caplog.text
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_processes_compile_at_once_and_leave_one_whole_library(tmp_path):
+    code = "from unet_jax import cpu_convs; assert cpu_convs.is_available()"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXXFLAGS": "-O0"}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [path.suffix for path in (tmp_path / "unet_jax").iterdir()] == [".so"]

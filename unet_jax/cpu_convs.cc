@@ -1,0 +1,603 @@
+// The network's 3x3 convolutions and their gradients in float32 on a CPU, as custom calls of XLA (see cpu_convs.py).
+//
+// Those of stride 1 go by Winograd's F(m x m, 3x3) (Lavin and Gray 2016, arXiv:1509.09308): overlapping tiles of m + 2
+// squared of the picture and the kernel are transformed, multiplied over the features, and transformed back to m x m
+// outputs. Of 9 products an output F(4x4) leaves 36/16 and F(2x2) 4. Those of stride 2 gather what each output sees and
+// multiply. Pictures are [N, H, W, C], kernels [3, 3, in, out], every number of features a multiple of 16.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using Array = ffi::Buffer<ffi::F32>;
+using std::int64_t;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kSums = 24;  // of 32 registers those that sum
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kSums = 12;
+#else
+constexpr int kLanes = 4, kSums = 24;
+#endif
+using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+Vector& at(float* p) { return *reinterpret_cast<Vector*>(p); }
+const Vector& at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+
+// Memory that is neither zeroed nor given back before its owner ends.
+class Buffer {
+ public:
+  float* of(int64_t count) {
+    if (count > size_) {
+      memory_.reset(static_cast<float*>(std::aligned_alloc(64, (count + 15) / 16 * 64)));
+      size_ = count;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t size_ = 0;
+};
+
+thread_local Buffer scratch;
+
+// item(0), ..., item(count - 1) on the pool's threads and this one. It never waits for a thread that has not begun, so
+// a pool whose threads all are busy does not stop it.
+template <typename Item>
+void parallel(ffi::ThreadPool& pool, int64_t count, const Item& item) {
+  struct Progress {
+    std::atomic<int64_t> begun{0}, done{0};
+  };
+  auto progress = std::make_shared<Progress>();
+  auto work = [progress, count, &item] {
+    for (int64_t i; (i = progress->begun.fetch_add(1)) < count; progress->done.fetch_add(1)) item(i);
+  };
+  for (int64_t helper = 1; helper < std::min(pool.num_threads(), count); helper++) pool.Schedule(decltype(work)(work));
+  work();
+  while (progress->done.load() < count) std::this_thread::yield();
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The same for [first, last) of `count` rows, in blocks of at most `most`, as many for each thread.
+template <typename Rows>
+void parallel_blocks(ffi::ThreadPool& pool, int64_t count, int64_t most, const Rows& rows) {
+  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  int64_t size = ceil_div(count, ceil_div(ceil_div(count, most), threads) * threads);
+  parallel(pool, ceil_div(count, size), [&](int64_t i) { rows(i * size, std::min(count, (i + 1) * size)); });
+}
+
+// ---- Products ----
+
+struct Left {  // element [r, k] of a product's left matrix is at p[r * row + k * column]
+  const float* p;
+  int64_t row, column;
+};
+struct Matrix {  // row r begins at p + r * row
+  float* p;
+  int64_t row;
+};
+
+// C (+)= A B for R rows and V Vectors a row, whose sums stay in registers.
+template <int R, int V>
+void tile_product(Left a, Matrix b, Matrix c, int64_t count, bool add) {
+  Vector sums[R][V];
+#pragma GCC unroll 24
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) sums[r][v] = Vector{};
+  for (int64_t k = 0; k < count; k++, a.p += a.column, b.p += b.row) {
+    Vector right[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) right[v] = at(b.p + v * kLanes);
+#pragma GCC unroll 24
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sums[r][v] += a.p[r * a.row] * right[v];
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      Vector& to = at(c.p + r * c.row + v * kLanes);
+      to = add ? to + sums[r][v] : sums[r][v];
+    }
+}
+
+template <int R, int V>
+void tiles_of(int64_t& r, int64_t rows, Left a, Matrix b, Matrix c, int64_t count, bool add) {
+  for (; r + R <= rows; r += R)
+    tile_product<R, V>({a.p + r * a.row, a.row, a.column}, b, {c.p + r * c.row, c.row}, count, add);
+}
+
+// The same for any number of rows.
+template <int V>
+void strip_product(int64_t rows, Left a, Matrix b, Matrix c, int64_t count, bool add) {
+  int64_t r = 0;
+  tiles_of<kSums / V, V>(r, rows, a, b, c, count, add);
+  tiles_of<4, V>(r, rows, a, b, c, count, add);
+  tiles_of<2, V>(r, rows, a, b, c, count, add);
+  tiles_of<1, V>(r, rows, a, b, c, count, add);
+}
+
+constexpr int64_t kSummed = 32;  // at once: a sum of sums rounds less, and Winograd's outputs need that
+
+// C [rows, columns] (+)= A [rows, count] B [count, columns], for columns a multiple of kLanes.
+void product(int64_t rows, int64_t columns, Left a, Matrix b, Matrix c, int64_t count, bool add) {
+  for (int64_t k = 0; k < count; k += kSummed, a.p += kSummed * a.column, b.p += kSummed * b.row, add = true) {
+    int64_t o = 0;
+    auto strips = [&](auto strip, int64_t width) {
+      for (; o + width <= columns; o += width)
+        strip(rows, a, Matrix{b.p + o, b.row}, Matrix{c.p + o, c.row}, std::min(kSummed, count - k), add);
+    };
+    strips(strip_product<4>, 4 * kLanes);
+    strips(strip_product<2>, 2 * kLanes);
+    strips(strip_product<1>, kLanes);
+  }
+}
+
+// ---- Pictures ----
+
+// x, or where there is a gain max(x, 0) * gain + shift (x itself in place of max unless relu); zeros around it.
+struct Pictures {
+  const float *x, *gain, *shift;
+  bool relu;
+  int64_t n, h, w, c;
+
+  const float* pixel(int64_t picture, int64_t i, int64_t j) const {
+    return i < 0 || i >= h || j < 0 || j >= w ? nullptr : x + ((picture * h + i) * w + j) * c;
+  }
+  Vector value(const float* pixel, int64_t feature) const {
+    if (!pixel) return Vector{};
+    Vector v = at(pixel + feature);
+    if (relu) v = v > 0 ? v : Vector{};
+    return gain ? v * at(gain + feature) + at(shift + feature) : v;
+  }
+  void copy(const float* pixel, float* to) const {
+    for (int64_t feature = 0; feature < c; feature += kLanes) at(to + feature) = value(pixel, feature);
+  }
+};
+using Parts = std::vector<Pictures>;  // side by side in the features
+
+struct Place {
+  int64_t picture, i, j;
+  Place(int64_t index, int64_t h, int64_t w) : picture(index / (h * w)), i(index / w % h), j(index % w) {}
+};
+
+int64_t features(const Parts& parts) {
+  int64_t sum = 0;
+  for (auto& part : parts) sum += part.c;
+  return sum;
+}
+
+// ---- Winograd ----
+
+// The transforms of F(m, 3) along an axis: from[0], from[s], ... to to[0], to[t], ... Polynomials are evaluated at 0,
+// +-1 and infinity for m = 2. For m = 4 at 0, +-2/3, +-3/2 and infinity: at the usual +-1, +-2 it rounds three times as
+// much (LOG.md). `output` and `kernel` have transposed ones for the kernel's gradient.
+template <int M>
+struct Form;
+
+template <>
+struct Form<2> {
+  static void input(const Vector* from, int s, Vector* to, int t) {
+    to[0] = from[2 * s] - from[0];
+    to[t] = from[s] + from[2 * s];
+    to[2 * t] = from[2 * s] - from[s];
+    to[3 * t] = from[3 * s] - from[s];
+  }
+  static void output(const Vector* from, int s, Vector* to, int t) {
+    to[0] = from[0] + from[s] + from[2 * s];
+    to[t] = from[s] - from[2 * s] + from[3 * s];
+  }
+  static void output_transposed(const Vector* from, int s, Vector* to, int t) {
+    to[0] = from[0];
+    to[t] = from[0] + from[s];
+    to[2 * t] = from[0] - from[s];
+    to[3 * t] = from[s];
+  }
+  static void kernel(const Vector* from, int s, Vector* to, int t) {
+    to[0] = -from[0];
+    to[t] = .5f * (from[0] + from[s] + from[2 * s]);
+    to[2 * t] = .5f * (from[0] - from[s] + from[2 * s]);
+    to[3 * t] = from[2 * s];
+  }
+  static void kernel_transposed(const Vector* from, int s, Vector* to, int t) {
+    Vector even = .5f * (from[s] + from[2 * s]);
+    to[0] = even - from[0];
+    to[t] = .5f * (from[s] - from[2 * s]);
+    to[2 * t] = even + from[3 * s];
+  }
+};
+
+template <>
+struct Form<4> {
+  static constexpr float a = 2.f / 3, b = 3.f / 2, a2 = a * a, b2 = b * b, a3 = a * a2, b3 = b * b2;
+  static constexpr float at_a = 1 / (2 * a2 * (a2 - b2)), at_b = 1 / (2 * b2 * (b2 - a2));
+
+  static void input(const Vector* from, int s, Vector* to, int t) {
+    Vector even_a = from[4 * s] - b2 * from[2 * s], odd_a = a * from[3 * s] - (a * b2) * from[s];
+    Vector even_b = from[4 * s] - a2 * from[2 * s], odd_b = b * from[3 * s] - (b * a2) * from[s];
+    to[0] = from[0] - (a2 + b2) * from[2 * s] + from[4 * s];
+    plus_minus(even_a, odd_a, even_b, odd_b, to, t);
+    to[5 * t] = from[s] - (a2 + b2) * from[3 * s] + from[5 * s];
+  }
+  static void output(const Vector* from, int s, Vector* to, int t) {
+    Vector even_a = from[s] + from[2 * s], odd_a = from[s] - from[2 * s];
+    Vector even_b = from[3 * s] + from[4 * s], odd_b = from[3 * s] - from[4 * s];
+    to[0] = from[0] + even_a + even_b;
+    to[t] = a * odd_a + b * odd_b;
+    to[2 * t] = a2 * even_a + b2 * even_b;
+    to[3 * t] = a3 * odd_a + b3 * odd_b + from[5 * s];
+  }
+  static void output_transposed(const Vector* from, int s, Vector* to, int t) {
+    Vector even_a = from[0] + a2 * from[2 * s], odd_a = a * from[s] + a3 * from[3 * s];
+    Vector even_b = from[0] + b2 * from[2 * s], odd_b = b * from[s] + b3 * from[3 * s];
+    to[0] = from[0];
+    plus_minus(even_a, odd_a, even_b, odd_b, to, t);
+    to[5 * t] = from[3 * s];
+  }
+  static void kernel(const Vector* from, int s, Vector* to, int t) {
+    Vector even_a = at_a * (from[0] + a2 * from[2 * s]), odd_a = (at_a * a) * from[s];
+    Vector even_b = at_b * (from[0] + b2 * from[2 * s]), odd_b = (at_b * b) * from[s];
+    to[0] = from[0];
+    plus_minus(even_a, odd_a, even_b, odd_b, to, t);
+    to[5 * t] = from[2 * s];
+  }
+  static void kernel_transposed(const Vector* from, int s, Vector* to, int t) {
+    Vector even_a = at_a * (from[s] + from[2 * s]), odd_a = at_a * (from[s] - from[2 * s]);
+    Vector even_b = at_b * (from[3 * s] + from[4 * s]), odd_b = at_b * (from[3 * s] - from[4 * s]);
+    to[0] = from[0] + even_a + even_b;
+    to[t] = a * odd_a + b * odd_b;
+    to[2 * t] = a2 * even_a + b2 * even_b + from[5 * s];
+  }
+
+ private:
+  static void plus_minus(Vector even_a, Vector odd_a, Vector even_b, Vector odd_b, Vector* to, int t) {
+    to[t] = even_a + odd_a;
+    to[2 * t] = even_a - odd_a;
+    to[3 * t] = even_b + odd_b;
+    to[4 * t] = even_b - odd_b;
+  }
+};
+
+using Transform = void(const Vector*, int, Vector*, int);
+
+// to [T, T] = the transform on both axes of from [S, S].
+template <Transform* transform, int S, int T>
+inline __attribute__((always_inline)) void both_axes(const Vector* from, Vector* to) {
+  Vector half[T * S];
+#pragma GCC unroll 6
+  for (int j = 0; j < S; j++) transform(from + j, S, half + j, S);
+#pragma GCC unroll 6
+  for (int i = 0; i < T; i++) transform(half + i * S, 1, to + i * T, 1);
+}
+
+// The floats of one of the planes of rows * columns, which would meet in few sets of a cache without the line more.
+int64_t plane_of(int64_t rows, int64_t columns) { return rows * columns + 16; }
+
+// Tiles of m x m outputs, numbered; a tile's transform is P numbers a feature, each in a plane of its own.
+template <int M>
+struct Tiles {
+  static constexpr int N = M + 2, P = N * N;
+  int64_t n, h, w, rows = ceil_div(h, M), columns = ceil_div(w, M), count = n * rows * columns;
+
+  // Tile t of x to to[p * plane + feature]: S x S pixels from `before` pixels before its first output on.
+  template <Transform* transform, int S, int before>
+  void gather(const Pictures& x, int64_t t, float* to, int64_t plane) const {
+    Place place(t, rows, columns);
+    const float* pixels[S * S];
+    for (int i = 0; i < S; i++)
+      for (int j = 0; j < S; j++)
+        pixels[i * S + j] = x.pixel(place.picture, M * place.i + i - before, M * place.j + j - before);
+    for (int64_t feature = 0; feature < x.c; feature += kLanes) {
+      Vector values[S * S], all[P];
+#pragma GCC unroll 36
+      for (int p = 0; p < S * S; p++) values[p] = x.value(pixels[p], feature);
+      both_axes<transform, S, N>(values, all);
+#pragma GCC unroll 36
+      for (int p = 0; p < P; p++) at(to + p * plane + feature) = all[p];
+    }
+  }
+
+  void gather_inputs(const Parts& parts, int64_t t, float* to, int64_t plane) const {
+    for (auto& part : parts) {
+      gather<Form<M>::input, N, 1>(part, t, to, plane);
+      to += part.c;
+    }
+  }
+
+  // Tile t's outputs from from[p * plane + feature], for the y of so many features.
+  void scatter(const float* from, int64_t plane, int64_t t, const float* bias, float* y, int64_t features) const {
+    Place place(t, rows, columns);
+    int64_t top = M * place.i, left = M * place.j;
+    for (int64_t feature = 0; feature < features; feature += kLanes) {
+      Vector all[P], outputs[M * M];
+#pragma GCC unroll 36
+      for (int p = 0; p < P; p++) all[p] = at(from + p * plane + feature);
+      both_axes<Form<M>::output, N, M>(all, outputs);
+      Vector add = bias ? at(bias + feature) : Vector{};
+      for (int i = 0; i < M && top + i < h; i++)
+        for (int j = 0; j < M && left + j < w; j++)
+          at(y + ((place.picture * h + top + i) * w + left + j) * features + feature) = outputs[i * M + j] + add;
+    }
+  }
+};
+
+// The kernel [3, 3, in, out] to P planes [in, out]; if `turned`, of it turned around, to [out, in].
+template <int M>
+void transform_kernel(ffi::ThreadPool& pool, const float* kernel, int64_t in, int64_t out, bool turned, float* to) {
+  constexpr int P = Tiles<M>::P;
+  int64_t rows = turned ? out : in, columns = turned ? in : out;
+  parallel_blocks(pool, rows, 16, [&](int64_t first, int64_t last) {
+    for (int64_t c = 0; c < columns; c += kLanes)
+      for (int64_t r = first; r < last; r++) {
+        Vector taps[9], all[P];
+        for (int tap = 0; tap < 9; tap++)
+          if (turned)
+            for (int lane = 0; lane < kLanes; lane++) taps[8 - tap][lane] = kernel[(tap * in + c + lane) * out + r];
+          else
+            taps[tap] = at(kernel + (tap * in + r) * out + c);
+        both_axes<Form<M>::kernel, 3, M + 2>(taps, all);
+        for (int p = 0; p < P; p++) at(to + p * plane_of(rows, columns) + r * columns + c) = all[p];
+      }
+  });
+}
+
+struct Output {
+  float* y;
+  int64_t features;
+};
+
+// The convolution of parts with the kernel [3, 3, in, out], or turned around [3, 3, out, in], plus bias if there is
+// one.
+template <int M>
+void convolve(ffi::ThreadPool& pool, const Parts& parts, const float* kernel, bool turned, const float* bias,
+              const std::vector<Output>& outputs) {
+  constexpr int P = Tiles<M>::P;
+  int64_t in = features(parts), out = 0;
+  for (auto& output : outputs) out += output.features;
+  Buffer memory;
+  int64_t kernel_plane = plane_of(in, out);
+  float* kernels = memory.of(P * kernel_plane);
+  transform_kernel<M>(pool, kernel, turned ? out : in, turned ? in : out, turned, kernels);
+  Tiles<M> tiles{parts[0].n, parts[0].h, parts[0].w};
+  parallel_blocks(pool, tiles.count, 48, [&](int64_t first, int64_t last) {
+    int64_t own = last - first, in_plane = plane_of(own, in), out_plane = plane_of(own, out);
+    float* inputs = scratch.of(P * (in_plane + out_plane));
+    float* sums = inputs + P * in_plane;
+    for (int64_t t = 0; t < own; t++) tiles.gather_inputs(parts, first + t, inputs + t * in, in_plane);
+    for (int p = 0; p < P; p++)
+      product(own, out, {inputs + p * in_plane, in, 1}, {kernels + p * kernel_plane, out}, {sums + p * out_plane, out},
+              in, false);
+    for (int64_t t = 0; t < own; t++) {
+      int64_t offset = 0;
+      for (auto& output : outputs) {
+        tiles.scatter(sums + t * out + offset, out_plane, first + t, bias ? bias + offset : nullptr, output.y,
+                      output.features);
+        offset += output.features;
+      }
+    }
+  });
+}
+
+constexpr int64_t kCached = 160000;  // floats that a core's cache holds beside what else is in use
+constexpr int64_t kChunk = 3 << 19;  // floats of tiles at once where they are of all threads
+
+template <int M>
+void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& g, float* kernel) {
+  constexpr int P = Tiles<M>::P;
+  int64_t in = features(parts), out = g.c, sum_plane = plane_of(in, out), size = P * sum_plane;
+  Tiles<M> tiles{g.n, g.h, g.w};
+  // Either each thread sums over tiles of its own, or, where its cache does not hold the sums, all go through the tiles
+  // together and each has sums of its own.
+  bool own_tiles = size <= kCached;
+  int64_t groups = own_tiles ? std::max<int64_t>(pool.num_threads(), 1) : 1, share = ceil_div(tiles.count, groups);
+  int64_t most = std::min(share, std::max<int64_t>(24, (own_tiles ? kCached : kChunk) / (P * (in + out))));
+  int64_t in_plane = plane_of(most, in), out_plane = plane_of(most, out), each = size + P * (in_plane + out_plane);
+  Buffer memory;
+  float* all_sums = memory.of(groups * each);
+  auto sum = [&](int64_t group, auto run) {
+    float *sums = all_sums + group * each, *inputs = sums + size, *outputs = inputs + P * in_plane;
+    int64_t begin = group * share, end = std::min(tiles.count, begin + share);
+    if (begin >= end) std::fill(sums, sums + size, 0.f);
+    for (int64_t first = begin; first < end; first += most) {
+      int64_t some = std::min(most, end - first);
+      run(ceil_div(some, 8), [&](int64_t block) {
+        for (int64_t t = 8 * block; t < std::min(some, 8 * block + 8); t++) {
+          tiles.gather_inputs(parts, first + t, inputs + t * in, in_plane);
+          tiles.template gather<Form<M>::output_transposed, M, 0>(g, first + t, outputs + t * out, out_plane);
+        }
+      });
+      run(P, [&](int64_t p) {
+        product(in, out, {inputs + p * in_plane, 1, in}, {outputs + p * out_plane, out}, {sums + p * sum_plane, out},
+                some, first > begin);
+      });
+    }
+  };
+  auto alone = [](int64_t count, const auto& item) {
+    for (int64_t i = 0; i < count; i++) item(i);
+  };
+  auto together = [&](int64_t count, const auto& item) { parallel(pool, count, item); };
+  if (own_tiles)
+    parallel(pool, groups, [&](int64_t group) { sum(group, alone); });
+  else
+    sum(0, together);
+  parallel_blocks(pool, in, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      for (int64_t o = 0; o < out; o += kLanes) {
+        Vector all[P], taps[9];
+        for (int p = 0; p < P; p++) {
+          const float* sums = all_sums + p * sum_plane + i * out + o;
+          all[p] = at(sums);
+          for (int64_t group = 1; group < groups; group++) all[p] += at(sums + group * each);
+        }
+        both_axes<Form<M>::kernel_transposed, M + 2, 3>(all, taps);
+        for (int tap = 0; tap < 9; tap++) at(kernel + (tap * in + i) * out + o) = taps[tap];
+      }
+  });
+}
+
+// ---- Stride 2 ----
+
+// y [N, 2H, 2W, out] of x [N, H, W, in] and kernel [3, 3, out, in]: output 2i sees tap 1 of x[i], output 2i + 1 sees
+// tap 2 of x[i] and tap 0 of x[i + 1].
+void doubling(ffi::ThreadPool& pool, const Pictures& x, const float* kernel, const float* bias, float* y, int64_t out) {
+  int64_t in = x.c;
+  Buffer memory;
+  float* kernels = memory.of(9 * in * out);  // [3, 3, in, out]
+  parallel(pool, 9, [&](int64_t tap) {
+    for (int64_t i = 0; i < in; i++)
+      for (int64_t o = 0; o < out; o++) kernels[(tap * in + i) * out + o] = kernel[(tap * out + o) * in + i];
+  });
+  parallel_blocks(pool, x.n * x.h * x.w, 48, [&](int64_t first, int64_t last) {
+    int64_t own = last - first;
+    float* inputs = scratch.of(own * (4 * in + out));  // [x[i, j], x[i, j + 1], x[i + 1, j], x[i + 1, j + 1]]
+    float* outputs = inputs + own * 4 * in;
+    for (int64_t r = 0; r < own; r++) {
+      Place place(first + r, x.h, x.w);
+      for (int next = 0; next < 4; next++)
+        x.copy(x.pixel(place.picture, place.i + next / 2, place.j + next % 2), inputs + (4 * r + next) * in);
+    }
+    for (int phase = 0; phase < 4; phase++) {
+      bool odd_row = phase / 2, odd_column = phase % 2, add = false;
+      for (int down = 0; down <= odd_row; down++)
+        for (int right = 0; right <= odd_column; right++, add = true) {
+          int tap = 3 * (odd_row ? 2 - 2 * down : 1) + (odd_column ? 2 - 2 * right : 1);
+          product(own, out, {inputs + (2 * down + right) * in, 4 * in, 1}, {kernels + tap * in * out, out},
+                  {outputs, out}, in, add);
+        }
+      for (int64_t r = 0; r < own; r++) {
+        Place place(first + r, x.h, x.w);
+        float* to = y + ((place.picture * 2 * x.h + 2 * place.i + odd_row) * 2 * x.w + 2 * place.j + odd_column) * out;
+        for (int64_t o = 0; o < out; o += kLanes)
+          at(to + o) = bias ? at(outputs + r * out + o) + at(bias + o) : at(outputs + r * out + o);
+      }
+    }
+  });
+}
+
+// The 3x3 pixels of x [N, 2H, 2W, C] that output `index` of [N, H, W] sees, [9, C].
+void gather_halving(const Pictures& x, int64_t index, float* to) {
+  Place place(index, x.h / 2, x.w / 2);
+  for (int tap = 0; tap < 9; tap++)
+    x.copy(x.pixel(place.picture, 2 * place.i + tap / 3 - 1, 2 * place.j + tap % 3 - 1), to + tap * x.c);
+}
+
+// Of the convolution of stride 2 to its kernel, for x [N, 2H, 2W, in] and g [N, H, W, out].
+void halving_kernel_gradient(ffi::ThreadPool& pool, const Pictures& x, const Pictures& g, float* kernel) {
+  int64_t seen = 9 * x.c, count = g.n * g.h * g.w;
+  int64_t most = std::min(count, std::max<int64_t>(48, kChunk / (seen + g.c)));
+  Buffer memory;
+  float* inputs = memory.of(most * (seen + g.c));
+  float* outputs = inputs + most * seen;
+  for (int64_t first = 0; first < count; first += most) {
+    int64_t own = std::min(most, count - first);
+    parallel_blocks(pool, own, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        gather_halving(x, first + r, inputs + r * seen);
+        g.copy(g.x + (first + r) * g.c, outputs + r * g.c);
+      }
+    });
+    parallel_blocks(pool, seen, 48, [&](int64_t begin, int64_t end) {
+      product(end - begin, g.c, {inputs + begin, 1, seen}, {outputs, g.c}, {kernel + begin * g.c, g.c}, own, first > 0);
+    });
+  }
+}
+
+// ---- What XLA calls ----
+
+// Arguments come as x, gain, shift of each part, and then others; a gain or a bias of no elements is none.
+using Flags = ffi::Span<const int64_t>;
+
+Pictures pictures(Array x) {
+  auto shape = x.dimensions();
+  return {x.typed_data(), nullptr, nullptr, false, shape[0], shape[1], shape[2], shape[3]};
+}
+
+const float* optional(Array x) { return x.element_count() ? x.typed_data() : nullptr; }
+
+Pictures part(ffi::RemainingArgs& args, size_t i, bool relu) {
+  Pictures x = pictures(*args.get<Array>(3 * i));
+  x.gain = optional(*args.get<Array>(3 * i + 1));
+  x.shift = optional(*args.get<Array>(3 * i + 2));
+  x.relu = relu;
+  return x;
+}
+
+Parts all_parts(ffi::RemainingArgs& args, Flags relu) {
+  Parts parts;
+  for (size_t i = 0; i < relu.size(); i++) parts.push_back(part(args, i, relu[i]));
+  return parts;
+}
+
+Array after_parts(ffi::RemainingArgs& args, Flags relu, size_t i) { return *args.get<Array>(3 * relu.size() + i); }
+
+std::vector<Output> all_outputs(ffi::RemainingRets& rets) {
+  std::vector<Output> outputs;
+  for (size_t i = 0; i < rets.size(); i++) {
+    Array y = **rets.get<Array>(i);
+    outputs.push_back({y.typed_data(), y.dimensions()[3]});
+  }
+  return outputs;
+}
+
+ffi::Error same_conv(ffi::ThreadPool pool, Flags relu, int64_t m, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  auto run = m == 4 ? convolve<4> : convolve<2>;
+  Array kernel = after_parts(args, relu, 0), bias = after_parts(args, relu, 1);
+  run(pool, all_parts(args, relu), kernel.typed_data(), false, optional(bias), all_outputs(rets));
+  return ffi::Error::Success();
+}
+
+ffi::Error same_input_gradient(ffi::ThreadPool pool, Flags relu, int64_t m, ffi::RemainingArgs args,
+                               ffi::RemainingRets rets) {
+  auto run = m == 4 ? convolve<4> : convolve<2>;
+  run(pool, all_parts(args, relu), after_parts(args, relu, 0).typed_data(), true, nullptr, all_outputs(rets));
+  return ffi::Error::Success();
+}
+
+ffi::Error same_kernel_gradient(ffi::ThreadPool pool, Flags relu, int64_t m, ffi::RemainingArgs args,
+                                ffi::RemainingRets rets) {
+  auto run = m == 4 ? kernel_gradient<4> : kernel_gradient<2>;
+  run(pool, all_parts(args, relu), pictures(after_parts(args, relu, 0)), (**rets.get<Array>(0)).typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error transposed_conv(ffi::ThreadPool pool, Flags relu, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Array kernel = after_parts(args, relu, 0), bias = after_parts(args, relu, 1), y = **rets.get<Array>(0);
+  doubling(pool, part(args, 0, relu[0]), kernel.typed_data(), optional(bias), y.typed_data(), y.dimensions()[3]);
+  return ffi::Error::Success();
+}
+
+ffi::Error halving_to_kernel(ffi::ThreadPool pool, Flags relu, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  halving_kernel_gradient(pool, part(args, 0, relu[0]), part(args, 1, relu[1]), (**rets.get<Array>(0)).typed_data());
+  return ffi::Error::Success();
+}
+
+auto binding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<Flags>("relu"); }
+
+}  // namespace
+
+#define WINOGRAD_HANDLER(name) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(unet_jax_##name, name, binding().Attr<int64_t>("m").RemainingArgs().RemainingRets())
+#define HANDLER(name, function) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(unet_jax_##name, function, binding().RemainingArgs().RemainingRets())
+
+WINOGRAD_HANDLER(same_conv);
+WINOGRAD_HANDLER(same_input_gradient);
+WINOGRAD_HANDLER(same_kernel_gradient);
+HANDLER(transposed_conv, transposed_conv);
+HANDLER(halving_kernel_gradient, halving_to_kernel);
