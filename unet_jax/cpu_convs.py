@@ -84,7 +84,7 @@ def suit(parts: Sequence[Part], kernel: Array) -> bool:
     return (
         all(x.dtype == np.float32 for x in [*xs, kernel])
         and all(count % LANES == 0 for count in counts)
-        and all(isinstance(side, int) for side in xs[0].shape)  # in jax.export it may have symbols
+        and all(isinstance(side, int) and side > 0 for side in xs[0].shape)  # in jax.export it may have symbols
         and is_available()
     )
 
