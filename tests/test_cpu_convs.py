@@ -2,9 +2,13 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,8 +19,15 @@ from test_layers import apply_params, assert_same, normal
 from unet_jax import cpu_convs
 from unet_jax.batch_norm import scaled
 from unet_jax.layers import Conv, TransposedConv
+from unet_jax.model import UNet
 
-pytestmark = pytest.mark.skipif(not cpu_convs.is_available(), reason="no C++ compiler, or not on a single CPU")
+ON_ONE_CPU = jax.default_backend() == "cpu" and jax.device_count() == 1
+HAS_COMPILER = shutil.which((os.environ.get("CXX") or "c++").split()[0]) is not None
+pytestmark = pytest.mark.skipif(not (ON_ONE_CPU and HAS_COMPILER), reason="no C++ compiler, or not on a single CPU")
+
+
+def test_the_code_compiles_and_loads():
+    assert cpu_convs.is_available()
 
 
 def calls(f, *args) -> int:
@@ -43,7 +54,7 @@ def test_conv_is_linens(shape, features, out, tile):
 
 
 def test_conv_whose_sums_a_cache_does_not_hold_is_linens(tile):
-    params, x = conv_params(128, 96), normal(2, 30, 24, 128) / 10
+    params, x = conv_params(128, 96), normal(5, 30, 24, 128) / 10
     assert_same(apply_params(Conv(96)), apply_params(nn.Conv(96, (3, 3), padding=1)), params, x)
 
 
@@ -73,6 +84,91 @@ def test_conv_of_stride_2_is_linens(shape, features, out):
     ours, linen = Conv(out, strides=2), nn.Conv(out, (3, 3), 2, padding=1)
     assert calls(jax.grad(lambda *args: apply_params(ours)(*args).sum(), (0, 1)), params, x) == 2
     assert_same(apply_params(ours), apply_params(linen), params, x)
+
+
+def test_conv_of_stride_2_of_many_pictures_is_linens():
+    # So many that the kernel's gradient sums over several chunks; small, so that float32's rounding of sums is too.
+    params, x = conv_params(96, 32), normal(8, 48, 48, 96) / 10
+    assert_same(apply_params(Conv(32, strides=2)), apply_params(nn.Conv(32, (3, 3), 2, padding=1)), params, x)
+
+
+def test_conv_of_stride_2_of_a_scaled_one_is_linens():
+    params, second = conv_params(32, 16), (normal(2, 8, 6, 32), normal(32), normal(32, seed=1))
+
+    def ours(params, *second):
+        return apply_params(Conv(16, strides=2))(params, scaled(*second, relu_first=True))
+
+    def textbook(params, x, gain, shift):
+        value = nn.relu(x) * gain[None, None, None] + shift[None, None, None]
+        return apply_params(nn.Conv(16, (3, 3), 2, padding=1))(params, value)
+
+    assert_same(ours, textbook, params, *second)
+
+
+def test_stride_2_of_an_odd_side_is_left_to_xla():
+    params, x = conv_params(16, 16), normal(2, 7, 6, 16)
+    assert calls(apply_params(Conv(16, strides=2)), params, x) == 0
+    assert_same(apply_params(Conv(16, strides=2)), apply_params(nn.Conv(16, (3, 3), 2, padding=1)), params, x)
+
+
+def test_parts_of_different_sizes_are_refused():
+    with pytest.raises(TypeError, match="concatenate"):
+        Conv(16).apply({"params": conv_params(32, 16)}, normal(2, 4, 4, 16), normal(1, 4, 4, 16))
+
+
+@pytest.mark.parametrize("relu_first", [True, False])
+def test_nan_stays(relu_first):
+    x = normal(1, 8, 8, 16)
+    x[0, 3, 3, 5] = np.nan
+    part = scaled(jnp.asarray(x), jnp.ones(16), jnp.zeros(16), relu_first=relu_first)
+    y = jax.jit(apply_params(Conv(16)))(conv_params(16, 16), part)
+    assert np.isnan(y[0, 3, 3]).all()
+
+
+def test_vmap_is_one_by_one():
+    params, x = conv_params(16, 32), normal(3, 2, 5, 6, 16)
+    y = jax.vmap(apply_params(Conv(32)), (None, 0))(params, x)
+    expected = jax.jit(apply_params(Conv(32)))(params, x.reshape(6, 5, 6, 16)).reshape(y.shape)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("downsampling", ["max_pool", "strided_conv"])
+@pytest.mark.parametrize("upsampling", ["transposed_conv", "resize"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_network_is_that_of_xlas_convolutions(downsampling, upsampling, remat, monkeypatch):
+    model = UNet(downsampling, upsampling, widths=(16, 32, 48), dropout_rate=0, remat=remat)
+    x, target = normal(2, 12, 20, 3), normal(2, 12, 20, 3, seed=1)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+
+    def loss(params, train):
+        y = model.apply({**variables, "params": params}, x, train=train, mutable=["batch_stats"] if train else False)
+        return (jnp.square((y[0] if train else y) - target)).mean()
+
+    def both(params):
+        return [jax.value_and_grad(partial(loss, train=train))(params) for train in (False, True)]
+
+    assert calls(both, variables["params"]) > 20
+    ours = jax.jit(both)(variables["params"])
+    monkeypatch.setattr(cpu_convs, "suit", lambda *_: False)
+    expected = jax.jit(lambda params: both(params))(variables["params"])
+    chex.assert_trees_all_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_float64_switched_on_does_no_harm():
+    code = """
+import jax, jax.numpy as jnp
+from unet_jax.model import UNet
+from unet_jax.cpu_convs import is_available
+model = UNet("strided_conv", widths=(16, 32))
+x = jnp.ones((1, 8, 8, 3), jnp.float32)
+variables = model.init(jax.random.key(0), x)
+assert is_available() and model.apply(variables, x).dtype == jnp.float32
+single = jax.tree.map(lambda a: a.astype(jnp.float32), variables)
+loss = lambda params: model.apply({**single, "params": params}, x).sum()
+assert jnp.isfinite(jax.grad(loss)(single["params"])["head"]["kernel"]).all()
+"""
+    done = run_python(code, JAX_ENABLE_X64="1")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (3, 1, 1), (5, 10, 13)])
@@ -112,14 +208,16 @@ def test_what_the_code_is_not_for_is_left_to_xla(n, features, out, dtype):
 WITH_OTHER_FLAGS = """
 import sys
 from unet_jax import cpu_convs
-sys.path.insert(0, "tests")
+sys.path.insert(0, "TESTS")
 import test_cpu_convs as tests
 assert cpu_convs.is_available()
-cpu_convs._tile = lambda *_: tests.np.int64(4)
-tests.test_conv_is_linens((3, 13, 30), 16, 112, None)
+for m in (2, 4):
+    cpu_convs._tile = lambda *_: tests.np.int64(m)
+    tests.test_conv_is_linens((3, 13, 30), 16, 112, None)
+    tests.test_conv_whose_sums_a_cache_does_not_hold_is_linens(None)
 tests.test_conv_of_stride_2_is_linens((2, 8, 6), 48, 32)
 tests.test_transposed_conv_of_a_scaled_one_is_linens((2, 3, 4), 16, 48)
-"""
+""".replace("TESTS", str(Path(__file__).parent))
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -131,7 +229,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flags are x86's")
 @pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx"])
 def test_other_vector_units_compute_the_same(flags, tmp_path):
-    done = run_python(WITH_OTHER_FLAGS, CXXFLAGS=flags, XDG_CACHE_HOME=str(tmp_path))
+    done = run_python(WITH_OTHER_FLAGS, UNET_JAX_CXXFLAGS=flags, XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
 
 
@@ -141,10 +239,13 @@ def test_several_threads_share_the_work_and_one_does_it_alone(tmp_path):
     assert (done := run_python(code)).returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("name", "flags"), [("no-such-compiler", ""), ("c++", "-no-such-flag")])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("no-such-compiler", ""), ("c++", "-no-such-flag"), ("c++", "-nostdinc++"), ("an open quote'", "")],
+)
 def test_without_a_compiler_a_warning_says_so_and_xla_does_the_work(name, flags, monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CXX", name)
-    monkeypatch.setenv("CXXFLAGS", flags)
+    monkeypatch.setenv("UNET_JAX_CXXFLAGS", flags)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu_convs, "is_available", cpu_convs.is_available.__wrapped__)
     with caplog.at_level(logging.WARNING):
@@ -155,7 +256,7 @@ def test_without_a_compiler_a_warning_says_so_and_xla_does_the_work(name, flags,
 
 def test_processes_compile_at_once_and_leave_one_whole_library(tmp_path):
     code = "from unet_jax import cpu_convs; assert cpu_convs.is_available()"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXXFLAGS": "-O0"}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "UNET_JAX_CXXFLAGS": "-O0"}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert [path.suffix for path in (tmp_path / "unet_jax").iterdir()] == [".so"]

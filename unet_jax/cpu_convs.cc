@@ -163,7 +163,7 @@ struct Pictures {
   Vector value(const float* pixel, int64_t feature) const {
     if (!pixel) return Vector{};
     Vector v = at(pixel + feature);
-    if (relu) v = v > 0 ? v : Vector{};
+    if (relu) v = v < 0 ? Vector{} : v;  // NaN stays
     return gain ? v * at(gain + feature) + at(shift + feature) : v;
   }
   void copy(const float* pixel, float* to) const {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax import Array, lax
 
@@ -34,6 +34,7 @@ FUNCTIONS = (
 )
 
 
+NONE = np.zeros(0, np.float32)  # stands for a gain, a shift or a bias that is not there
 Part = Array | Scaled
 
 
@@ -45,9 +46,10 @@ def is_available() -> bool:
         return False
     try:
         library = ctypes.CDLL(str(_compiled(default_cache_dir())))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         logging.getLogger(__name__).warning(
-            "steps take about twice as long: the convolutions need a C++ compiler, g++ or clang++ (CXX names it): %s",
+            "steps take about twice as long: the convolutions could not be compiled or loaded, which takes a C++"
+            " compiler (CXX names it) and a cache folder that can be written (in XDG_CACHE_HOME): %s",
             error,
         )
         return False
@@ -59,13 +61,14 @@ def is_available() -> bool:
 
 def _compiled(folder: Path) -> Path:
     source = Path(__file__).with_suffix(".cc")
-    command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O3", "-march=native"]
-    command += shlex.split(os.environ.get("CXXFLAGS", ""))
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), "-std=c++17", "-O3", "-march=native"]
+    # Not CXXFLAGS: what else is built with may be meant for older processors.
+    command += shlex.split(os.environ.get("UNET_JAX_CXXFLAGS", ""))
     # What it defines tells the compiler's version and the processor's abilities.
     defined = subprocess.run(
         [*command, "-dM", "-E", "-x", "c++", os.devnull], check=True, stdout=subprocess.PIPE
     ).stdout
-    key = hashlib.sha256(defined + source.read_bytes() + jax.__version__.encode()).hexdigest()
+    key = hashlib.sha256(defined + source.read_bytes() + repr((command, jaxlib.__version__)).encode()).hexdigest()
     library = folder / f"cpu_convs-{key[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,25 +82,28 @@ def _compiled(folder: Path) -> Path:
 
 def suit(parts: Sequence[Part], kernel: Array) -> bool:
     """Whether these can be used here for the parts and the kernel: all float32, features by 16, a shape of numbers."""
-    xs = [_opened(part)[0] for part in parts]
-    counts = [x.shape[-1] for x in xs] + [*kernel.shape[2:]]
+    arrays = [array for part in parts for array in _opened(part)] + [kernel]
+    counts = [part.shape[-1] for part in parts] + [*kernel.shape[2:]]
     return (
-        all(x.dtype == np.float32 for x in [*xs, kernel])
+        all(array.dtype == np.float32 for array in arrays)
         and all(count % LANES == 0 for count in counts)
-        and all(isinstance(side, int) and side > 0 for side in xs[0].shape)  # in jax.export it may have symbols
+        and len({part.shape[:3] for part in parts}) == 1
+        and all(isinstance(side, int) and side > 0 for side in parts[0].shape)  # in jax.export it may have symbols
         and is_available()
     )
 
 
-def _opened(part: Part) -> tuple[Array, Array, Array]:
-    none = jnp.zeros(0, np.float32)
-    return (part.x, part.gain, part.shift) if isinstance(part, Scaled) else (part, none, none)
+def _opened(part: Part) -> tuple[Array | np.ndarray, ...]:
+    return (part.x, part.gain, part.shift) if isinstance(part, Scaled) else (part, NONE, NONE)
 
 
-def _call(name: str, shapes: Sequence[Sequence[int]], parts: Sequence[Part], *others: Array, **options: Any) -> Any:
+def _call(
+    name: str, shapes: Sequence[Sequence[int]], parts: Sequence[Part], *others: Array | np.ndarray, **options: Any
+) -> Any:
     arrays = [array for part in parts for array in _opened(part)]
     relu = np.array([isinstance(part, Scaled) and part.relu_first for part in parts], np.int64)
-    call = jax.ffi.ffi_call(f"unet_jax_{name}", [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes])
+    results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    call = jax.ffi.ffi_call(f"unet_jax_{name}", results, vmap_method="sequential")
     return call(*arrays, *others, relu=relu, **options)
 
 
@@ -138,7 +144,7 @@ def _halve(x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=dimensions)
 
 
-def _double(x: Part, kernel: Array, bias: Array) -> Array:
+def _double(x: Part, kernel: Array, bias: Array | np.ndarray) -> Array:
     n, h, w, _ = x.shape
     return _call("transposed_conv", [(n, 2 * h, 2 * w, kernel.shape[2])], [x], kernel, bias)[0]
 
@@ -152,7 +158,7 @@ def halving_conv(x: Part, kernel: Array, bias: Array) -> Array:
 def _halving_conv_bwd(residuals: tuple[Part, Array], g: Array) -> tuple[Part, Array, Array]:
     x, kernel = residuals
     to_kernel = _call("halving_kernel_gradient", [kernel.shape], [x, g])[0]
-    return _to_part(x, _double(g, kernel, jnp.zeros(0))), to_kernel, channel_sum(g)
+    return _to_part(x, _double(g, kernel, NONE)), to_kernel, channel_sum(g)
 
 
 halving_conv.defvjp(lambda x, kernel, bias: (halving_conv(x, kernel, bias), (x, kernel)), _halving_conv_bwd)

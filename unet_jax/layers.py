@@ -107,8 +107,10 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init, (k, k, in_features, self.features)).astype(self.dtype)
         bias = self.param("bias", bias_init(k * k * in_features), (self.features,)).astype(self.dtype)
         halves = (k, self.strides) == (3, 2) and parts[0].shape[1] % 2 == 0 and parts[0].shape[2] % 2 == 0
-        if cpu_convs.suit(parts, kernel) and (halves or (k, self.strides) == (3, 1)):
-            return cpu_convs.halving_conv(*parts, kernel, bias) if halves else cpu_convs.same_conv(parts, kernel, bias)
+        if (k, self.strides) == (3, 1) and cpu_convs.suit(parts, kernel):
+            return cpu_convs.same_conv(parts, kernel, bias)
+        if halves and len(parts) == 1 and cpu_convs.suit(parts, kernel):
+            return cpu_convs.halving_conv(*parts, kernel, bias)
         x = jnp.concatenate([value_of(part) for part in parts], -1).astype(self.dtype)
         return add_bias(halving_conv(x, kernel) if halves else conv(x, kernel, self.strides, k // 2), bias)
 

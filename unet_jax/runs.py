@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from unet_jax import cpu_convs
 from unet_jax.checkpoint import Restored, exists, restore
 from unet_jax.config import RunConfig, from_dict
 from unet_jax.device import Placement, describe
@@ -75,6 +76,7 @@ def environment() -> dict[str, Any]:
         "device": describe().removeprefix("device: "),
         "backend": jax.default_backend(),
         "devices": jax.device_count(),
+        "cpu_convs": cpu_convs.is_available(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
