@@ -233,7 +233,7 @@ def test_other_vector_units_compute_the_same(flags, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_several_threads_share_the_work_and_one_does_it_alone(tmp_path):
+def test_one_thread_does_the_work_alone():
     # XLA's pool has as many threads as there are cores that the process may use.
     code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n" + WITH_OTHER_FLAGS
     assert (done := run_python(code)).returncode == 0, done.stderr

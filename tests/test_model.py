@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from unet_jax import losses, metrics
+from unet_jax.batch_norm import value_of
 from unet_jax.errors import InputError
-from unet_jax.layers import value_of
 from unet_jax.model import DoubleConv, UNet
 
 COMBINATIONS = [(d, u) for d in ("max_pool", "strided_conv") for u in ("transposed_conv", "resize")]

@@ -15,8 +15,8 @@ from unet_jax.config import PUBLISHED, DataConfig, ModelConfig, RunConfig, Train
 from unet_jax.data.batches import Batch, Loader, shuffled, validation_rows
 from unet_jax.data.cache import Split
 from unet_jax.errors import InputError
-from unet_jax.layers import conv
 from unet_jax.losses import make_loss
+from unet_jax.ops import conv
 
 CONFIG = RunConfig(
     "mp_tr_dice",

@@ -1,50 +1,26 @@
-"""Batch norm, whose output is computed where it is used, and the sums over channels that it and its gradient take."""
+"""Batch norm, whose output is computed where it is used."""
 
-import math
 from functools import partial
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jax.typing import DTypeLike
 
-
-def _statistics_dtype(x: Array) -> DTypeLike:
-    return np.promote_types(x.dtype, np.float32)  # jnp's refuses bfloat16 where promotion is strict
-
-
-def channel_sum(x: Array) -> Array:
-    """Sum of x [..., C] over all axes but the last: [C]."""
-    return lax.platform_dependent(x, cpu=_channel_sum_cpu, default=_channel_sum)
-
-
-def _channel_sum(x: Array) -> Array:
-    return x.sum(tuple(range(x.ndim - 1)))
-
-
-def _channel_sum_cpu(x: Array) -> Array:
-    # XLA's CPU backend sums long axes by windows of 32, unfused and unvectorized: up to 15x slower than a sum over a
-    # short axis, which it fuses with what makes x and vectorizes over the channels. So: sums of up to 8 rows (of 32 is
-    # up to 3x slower), then their sum as a matrix product (as a second sum XLA merges it with the first: slow again).
-    rows, channels = x.size // x.shape[-1], x.shape[-1]
-    group = math.gcd(rows, 8)
-    partial_sums = x.astype(_statistics_dtype(x)).reshape(rows // group, group, channels).sum(1)
-    return jnp.dot(jnp.ones(rows // group, partial_sums.dtype), partial_sums, precision="highest").astype(x.dtype)
+from unet_jax.ops import channel_sum, statistics_dtype
 
 
 def _rectified(x: Array, relu_first: bool) -> Array:
-    return (jnp.maximum(x, 0) if relu_first else x).astype(_statistics_dtype(x))
+    return (jnp.maximum(x, 0) if relu_first else x).astype(statistics_dtype(x))
 
 
 @flax.struct.dataclass
 class Scaled:
     """x * gain + shift of x [N, H, W, C], or of max(x, 0) if `relu_first`, with gain and shift [C]: [N, H, W, C].
 
-    The output of batch norm, to be computed where it is used: on the CPU it is then never written as a whole. Made by
-    `scaled` alone: the gradient to x here is the one to the value, summed over all places that use it.
+    The output of batch norm, to be computed where it is used: `cpu_convs` never writes it as a whole. Made by `scaled`
+    alone: the gradient to x here is the one to the value, summed over all places that use it.
     """
 
     x: Array
@@ -81,6 +57,7 @@ def scaled(x: Array, gain: Array, shift: Array, relu_first: bool = False) -> Sca
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _used_later(x: Array, gain: Array, shift: Array, relu_first: bool) -> Array:
+    # The identity, whose gradient is the whole one of batch norm's output but for the statistics' share.
     return x
 
 

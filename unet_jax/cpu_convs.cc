@@ -24,16 +24,18 @@ using std::int64_t;
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kSums = 24;  // of 32 registers those that sum
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kSums = 12;
-#else
+constexpr int kLanes = 8, kSums = 12;  // of 16
+#elif defined(__aarch64__)
 constexpr int kLanes = 4, kSums = 24;
+#else
+constexpr int kLanes = 4, kSums = 12;
 #endif
 using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 Vector& at(float* p) { return *reinterpret_cast<Vector*>(p); }
 const Vector& at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 
-// Memory that is neither zeroed nor given back before its owner ends.
+// Memory that is neither zeroed nor given back before its owner ends; what was in it is lost when it grows.
 class Buffer {
  public:
   float* of(int64_t count) {
@@ -45,10 +47,7 @@ class Buffer {
   }
 
  private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> memory_;
+  std::unique_ptr<float, decltype(&std::free)> memory_{nullptr, &std::free};
   int64_t size_ = 0;
 };
 
@@ -65,7 +64,8 @@ void parallel(ffi::ThreadPool& pool, int64_t count, const Item& item) {
   auto work = [progress, count, &item] {
     for (int64_t i; (i = progress->begun.fetch_add(1)) < count; progress->done.fetch_add(1)) item(i);
   };
-  for (int64_t helper = 1; helper < std::min(pool.num_threads(), count); helper++) pool.Schedule(decltype(work)(work));
+  int64_t threads = std::min(pool.num_threads(), count);
+  for (int64_t helper = 1; helper < threads; helper++) pool.Schedule(decltype(work)(work));
   work();
   while (progress->done.load() < count) std::this_thread::yield();
 }
@@ -151,7 +151,7 @@ void product(int64_t rows, int64_t columns, Left a, Matrix b, Matrix c, int64_t 
 
 // ---- Pictures ----
 
-// x, or where there is a gain max(x, 0) * gain + shift (x itself in place of max unless relu); zeros around it.
+// x, or max(x, 0) if relu, where there is a gain times it plus shift; zeros around it.
 struct Pictures {
   const float *x, *gain, *shift;
   bool relu;
@@ -187,7 +187,7 @@ int64_t features(const Parts& parts) {
 
 // The transforms of F(m, 3) along an axis: from[0], from[s], ... to to[0], to[t], ... Polynomials are evaluated at 0,
 // +-1 and infinity for m = 2. For m = 4 at 0, +-2/3, +-3/2 and infinity: at the usual +-1, +-2 it rounds three times as
-// much (LOG.md). `output` and `kernel` have transposed ones for the kernel's gradient.
+// much (LOG.md). `output` and `kernel` have transposed ones for the kernel's gradient. Form<4> relies on a b = 1.
 template <int M>
 struct Form;
 
@@ -286,7 +286,7 @@ inline __attribute__((always_inline)) void both_axes(const Vector* from, Vector*
   for (int i = 0; i < T; i++) transform(half + i * S, 1, to + i * T, 1);
 }
 
-// The floats of one of the planes of rows * columns, which would meet in few sets of a cache without the line more.
+// Floats of a plane of rows * columns. The 16 more keep planes from falling into the same sets of a cache.
 int64_t plane_of(int64_t rows, int64_t columns) { return rows * columns + 16; }
 
 // Tiles of m x m outputs, numbered; a tile's transform is P numbers a feature, each in a plane of its own.
@@ -498,7 +498,7 @@ void gather_halving(const Pictures& x, int64_t index, float* to) {
 }
 
 // Of the convolution of stride 2 to its kernel, for x [N, 2H, 2W, in] and g [N, H, W, out].
-void halving_kernel_gradient(ffi::ThreadPool& pool, const Pictures& x, const Pictures& g, float* kernel) {
+void gradient_of_halving(ffi::ThreadPool& pool, const Pictures& x, const Pictures& g, float* kernel) {
   int64_t seen = 9 * x.c, count = g.n * g.h * g.w;
   int64_t most = std::min(count, std::max<int64_t>(48, kChunk / (seen + g.c)));
   Buffer memory;
@@ -530,17 +530,15 @@ Pictures pictures(Array x) {
 
 const float* optional(Array x) { return x.element_count() ? x.typed_data() : nullptr; }
 
-Pictures part(ffi::RemainingArgs& args, size_t i, bool relu) {
-  Pictures x = pictures(*args.get<Array>(3 * i));
-  x.gain = optional(*args.get<Array>(3 * i + 1));
-  x.shift = optional(*args.get<Array>(3 * i + 2));
-  x.relu = relu;
-  return x;
-}
-
 Parts all_parts(ffi::RemainingArgs& args, Flags relu) {
   Parts parts;
-  for (size_t i = 0; i < relu.size(); i++) parts.push_back(part(args, i, relu[i]));
+  for (size_t i = 0; i < relu.size(); i++) {
+    Pictures x = pictures(*args.get<Array>(3 * i));
+    x.gain = optional(*args.get<Array>(3 * i + 1));
+    x.shift = optional(*args.get<Array>(3 * i + 2));
+    x.relu = relu[i];
+    parts.push_back(x);
+  }
   return parts;
 }
 
@@ -555,17 +553,11 @@ std::vector<Output> all_outputs(ffi::RemainingRets& rets) {
   return outputs;
 }
 
-ffi::Error same_conv(ffi::ThreadPool pool, Flags relu, int64_t m, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+ffi::Error same_conv(ffi::ThreadPool pool, Flags relu, int64_t m, bool turned, ffi::RemainingArgs args,
+                     ffi::RemainingRets rets) {
   auto run = m == 4 ? convolve<4> : convolve<2>;
   Array kernel = after_parts(args, relu, 0), bias = after_parts(args, relu, 1);
-  run(pool, all_parts(args, relu), kernel.typed_data(), false, optional(bias), all_outputs(rets));
-  return ffi::Error::Success();
-}
-
-ffi::Error same_input_gradient(ffi::ThreadPool pool, Flags relu, int64_t m, ffi::RemainingArgs args,
-                               ffi::RemainingRets rets) {
-  auto run = m == 4 ? convolve<4> : convolve<2>;
-  run(pool, all_parts(args, relu), after_parts(args, relu, 0).typed_data(), true, nullptr, all_outputs(rets));
+  run(pool, all_parts(args, relu), kernel.typed_data(), turned, optional(bias), all_outputs(rets));
   return ffi::Error::Success();
 }
 
@@ -578,12 +570,13 @@ ffi::Error same_kernel_gradient(ffi::ThreadPool pool, Flags relu, int64_t m, ffi
 
 ffi::Error transposed_conv(ffi::ThreadPool pool, Flags relu, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Array kernel = after_parts(args, relu, 0), bias = after_parts(args, relu, 1), y = **rets.get<Array>(0);
-  doubling(pool, part(args, 0, relu[0]), kernel.typed_data(), optional(bias), y.typed_data(), y.dimensions()[3]);
+  doubling(pool, all_parts(args, relu)[0], kernel.typed_data(), optional(bias), y.typed_data(), y.dimensions()[3]);
   return ffi::Error::Success();
 }
 
-ffi::Error halving_to_kernel(ffi::ThreadPool pool, Flags relu, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  halving_kernel_gradient(pool, part(args, 0, relu[0]), part(args, 1, relu[1]), (**rets.get<Array>(0)).typed_data());
+ffi::Error halving_kernel_gradient(ffi::ThreadPool pool, Flags relu, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Parts parts = all_parts(args, relu);
+  gradient_of_halving(pool, parts[0], parts[1], (**rets.get<Array>(0)).typed_data());
   return ffi::Error::Success();
 }
 
@@ -591,13 +584,10 @@ auto binding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<Flags>("rel
 
 }  // namespace
 
-#define WINOGRAD_HANDLER(name) \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(unet_jax_##name, name, binding().Attr<int64_t>("m").RemainingArgs().RemainingRets())
-#define HANDLER(name, function) \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(unet_jax_##name, function, binding().RemainingArgs().RemainingRets())
+#define HANDLER(name, binding) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(unet_jax_##name, name, binding.RemainingArgs().RemainingRets())
 
-WINOGRAD_HANDLER(same_conv);
-WINOGRAD_HANDLER(same_input_gradient);
-WINOGRAD_HANDLER(same_kernel_gradient);
-HANDLER(transposed_conv, transposed_conv);
-HANDLER(halving_kernel_gradient, halving_to_kernel);
+HANDLER(same_conv, binding().Attr<int64_t>("m").Attr<bool>("turned"));
+HANDLER(same_kernel_gradient, binding().Attr<int64_t>("m"));
+HANDLER(transposed_conv, binding());
+HANDLER(halving_kernel_gradient, binding());

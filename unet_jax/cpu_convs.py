@@ -19,21 +19,14 @@ from typing import Any
 import jax
 import jaxlib
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from unet_jax.batch_norm import Scaled, channel_sum, value_of
+from unet_jax.batch_norm import Scaled, value_of
 from unet_jax.data.cache import default_cache_dir
+from unet_jax.ops import channel_sum, conv
 
 LANES = 16  # every number of features is a multiple of it
-FUNCTIONS = (
-    "same_conv",
-    "same_input_gradient",
-    "same_kernel_gradient",
-    "transposed_conv",
-    "halving_kernel_gradient",
-)
-
-
+FUNCTIONS = ("same_conv", "same_kernel_gradient", "transposed_conv", "halving_kernel_gradient")
 NONE = np.zeros(0, np.float32)  # stands for a gain, a shift or a bias that is not there
 Part = Array | Scaled
 
@@ -81,7 +74,7 @@ def _compiled(folder: Path) -> Path:
 
 
 def suit(parts: Sequence[Part], kernel: Array) -> bool:
-    """Whether these can be used here for the parts and the kernel: all float32, features by 16, a shape of numbers."""
+    """Whether these can be used here: all float32, features by 16, one size for all parts, known and not 0."""
     arrays = [array for part in parts for array in _opened(part)] + [kernel]
     counts = [part.shape[-1] for part in parts] + [*kernel.shape[2:]]
     return (
@@ -108,7 +101,10 @@ def _call(
 
 
 def _tile(x: Part, kernel: Array) -> np.int64:
-    """m of Winograd's F(m x m, 3x3): the larger one if there are tiles enough to outweigh its larger kernels."""
+    """m of Winograd's F(m x m, 3x3): the larger one if there are tiles enough to outweigh its larger kernels.
+
+    Measured (LOG.md): 4 tiles >= sqrt(I O).
+    """
     n, h, w, _ = x.shape
     return np.int64(4 if 16 * (n * -(-h // 4) * -(-w // 4)) ** 2 >= kernel.shape[2] * kernel.shape[3] else 2)
 
@@ -124,13 +120,13 @@ def same_conv(parts: tuple[Part, ...], kernel: Array, bias: Array) -> Array:
     x comes in parts that stand side by side in the features, [N, H, W, I1], [N, H, W, I2], ...
     """
     shape = (*parts[0].shape[:3], len(bias))
-    return _call("same_conv", [shape], parts, kernel, bias, m=_tile(parts[0], kernel))[0]
+    return _call("same_conv", [shape], parts, kernel, bias, m=_tile(parts[0], kernel), turned=False)[0]
 
 
 def _same_conv_bwd(residuals: tuple[tuple[Part, ...], Array], g: Array) -> tuple[tuple[Part, ...], Array, Array]:
     parts, kernel = residuals
     m = _tile(g, kernel)
-    to_values = _call("same_input_gradient", [part.shape for part in parts], [g], kernel, m=m)
+    to_values = _call("same_conv", [part.shape for part in parts], [g], kernel, NONE, m=m, turned=True)
     to_kernel = _call("same_kernel_gradient", [kernel.shape], parts, g, m=m)[0]
     return tuple(map(_to_part, parts, to_values)), to_kernel, channel_sum(g)
 
@@ -139,9 +135,7 @@ same_conv.defvjp(lambda parts, kernel, bias: (same_conv(parts, kernel, bias), (p
 
 
 def _halve(x: Array, kernel: Array) -> Array:
-    # Of these XLA's own is the fastest.
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=dimensions)
+    return conv(x, kernel, strides=2, padding=1)  # of these XLA's own is the fastest
 
 
 def _double(x: Part, kernel: Array, bias: Array | np.ndarray) -> Array:

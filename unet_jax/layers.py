@@ -14,7 +14,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from unet_jax import cpu_convs
-from unet_jax.batch_norm import Scaled, channel_sum, value_of
+from unet_jax.batch_norm import Scaled, value_of
+from unet_jax.ops import channel_sum, conv
 
 # PyTorch's defaults, which the reproduced runs used: both come to U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -24,13 +25,6 @@ def bias_init(fan_in: int) -> nn.initializers.Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the distribution of PyTorch's conv biases."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def conv(x: Array, kernel: Array, strides: int = 1, padding: int | tuple[int, int] = 0) -> Array:
-    """2-D convolution of x [N, H, W, I] with kernel [h, w, I, O], the same zero padding (low, high) on both axes."""
-    pad = (padding, padding) if isinstance(padding, int) else padding
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (strides, strides), (pad, pad), dimension_numbers=dimensions)
 
 
 @jax.custom_vjp
