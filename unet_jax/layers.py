@@ -36,31 +36,37 @@ def add_bias(x: Array, bias: Array) -> Array:
 add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), lambda _, g: (g, channel_sum(g)))
 
 
-@jax.custom_vjp
-def transposed_conv(x: Array, kernel: Array) -> Array:
-    """3x3 transposed convolution of stride 2 that doubles x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O].
-
-    PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1) without its bias. Along an axis, output 2i sees
-    w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1]. Dilating the input (the textbook form) multiplies mostly
-    zeros. The gradients are those of the map that it transposes, the 3x3 convolution of stride 2.
-    """
-    # One 2x2 convolution computes the four output phases at once.
+def _double(x: Array, kernel: Array, bias: Array) -> Array:
+    # One 2x2 convolution computes the four output phases at once. Padded on one side alone, XLA would have cuDNN take a
+    # padded copy of x; with the bias after the phases are interleaved, a bias as large as the output (LOG.md).
     n, h, w, in_features = x.shape
     out_features = kernel.shape[2]
     padded = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
     taps = np.array([[1, 3], [2, 0]])  # [phase, tap]; 3 is of the zeros
     phases = padded[taps][:, :, taps]  # [phase_h, tap_h, phase_w, tap_w, O, I]
     merged = phases.transpose(1, 3, 5, 0, 2, 4).reshape(2, 2, in_features, 4 * out_features)
-    y = conv(x, merged, padding=(0, 1)).reshape(n, h, w, 2, 2, out_features)
+    y = conv(x, merged, padding=1) + jnp.tile(bias, 4)[None, None, None]
+    y = y[:, 1:, 1:].reshape(n, h, w, 2, 2, out_features)
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, out_features)
 
 
-def _transposed_conv_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+@jax.custom_vjp
+def transposed_conv(x: Array, kernel: Array, bias: Array) -> Array:
+    """3x3 transposed convolution of stride 2 of x [N, H, W, I], kernel [3, 3, O, I], plus bias [O]: [N, 2H, 2W, O].
+
+    PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1). Along an axis, output 2i sees w[1] x[i], and
+    output 2i+1 sees w[2] x[i] + w[0] x[i+1]. Dilating the input (the textbook form) multiplies mostly zeros. The
+    gradients are those of the map that it transposes, the 3x3 convolution of stride 2.
+    """
+    return _double(x, kernel, bias)
+
+
+def _transposed_conv_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
     x, kernel = residuals
-    return conv(g, kernel, strides=2, padding=1), _halving_conv_kernel_grad(g, kernel, x)
+    return conv(g, kernel, strides=2, padding=1), _halving_conv_kernel_grad(g, kernel, x), channel_sum(g)
 
 
-transposed_conv.defvjp(lambda x, kernel: (transposed_conv(x, kernel), (x, kernel)), _transposed_conv_bwd)
+transposed_conv.defvjp(lambda x, kernel, bias: (_double(x, kernel, bias), (x, kernel)), _transposed_conv_bwd)
 
 
 @jax.custom_vjp
@@ -78,7 +84,8 @@ def _halving_conv_kernel_grad(x: Array, kernel: Array, g: Array) -> Array:
 
 def _halving_conv_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    return transposed_conv(g, kernel), _halving_conv_kernel_grad(x, kernel, g)
+    no_bias = jnp.zeros(kernel.shape[2], g.dtype)
+    return _double(g, kernel, no_bias), _halving_conv_kernel_grad(x, kernel, g)
 
 
 halving_conv.defvjp(lambda x, kernel: (halving_conv(x, kernel), (x, kernel)), _halving_conv_bwd)
@@ -123,7 +130,7 @@ class TransposedConv(nn.Module):
         bias = self.param("bias", bias_init(9 * self.features), (self.features,)).astype(self.dtype)
         if cpu_convs.suit([x], kernel):
             return cpu_convs.transposed_conv(x, kernel, bias)
-        return add_bias(transposed_conv(value_of(x).astype(self.dtype), kernel), bias)
+        return transposed_conv(value_of(x).astype(self.dtype), kernel, bias)
 
 
 @jax.custom_vjp

@@ -8,10 +8,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 
-def conv(x: Array, kernel: Array, strides: int = 1, padding: int | tuple[int, int] = 0) -> Array:
-    """2-D convolution of x [N, H, W, I] with kernel [h, w, I, O], the same zero padding (low, high) on both axes."""
-    pad = (padding, padding) if isinstance(padding, int) else padding
+def conv(x: Array, kernel: Array, strides: int = 1, padding: int = 0) -> Array:
+    """2-D convolution of x [N, H, W, I] with kernel [h, w, I, O], so many zeros on each side."""
     dimensions = ("NHWC", "HWIO", "NHWC")
+    pad = (padding, padding)
     return lax.conv_general_dilated(x, kernel, (strides, strides), (pad, pad), dimension_numbers=dimensions)
 
 
