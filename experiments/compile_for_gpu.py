@@ -3,11 +3,12 @@
     pip install -e '.[cuda13]' && python experiments/compile_for_gpu.py --image-size 240 --batch-size 64 --devices 1
 
 Traffic is what the kernels read and write: the sizes of all that they take and give, whole even where a kernel reads a
-part of it. No time follows from it but a bound: an H200 moves 4.8 TB/s. What cuDNN chooses by
-running is not chosen here, so its workspaces are not counted.
+part of it. No time follows from it but a bound: an H200 moves 4.8 TB/s. What cuDNN chooses by running
+is not chosen here, so its workspaces are not counted.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -17,15 +18,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 
 import jax
-import numpy as np
 import tyro
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from profile_step import constant_batch
 
-from unet_jax import cpu_convs, train
+from unet_jax import cpu_convs, runs, train
 from unet_jax.config import PUBLISHED, ModelConfig, Precision, check_size, default_config
-from unet_jax.device import Placement
+from unet_jax.device import placement
 from unet_jax.errors import InputError, exit_on_input_error
 
 H200 = """
@@ -87,11 +86,10 @@ def main(options: Options) -> None:
         topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{options.devices}")
     except (RuntimeError, ValueError) as error:
         raise InputError(f"jax cannot compile for CUDA here, pip install -e '.[cuda13]': {error}") from None
-    mesh = Mesh(np.array(topology.devices), ("data",), axis_types=(AxisType.Auto,))
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    place = Placement(whole, split, options.devices)
+    place = placement(topology.devices)
     place.check_batch(options.batch_size, options.batch_size * options.devices)
     check_size(options.image_size, options.image_size, len(ModelConfig().widths))
+    batch = constant_batch(options.image_size, options.batch_size)
     configs = [default_config(variant, "oxford_iiit_pet") for variant in options.variants]
     print("| variant | work | temporaries, GB | traffic, GB | convolutions | other kernels | all-reduces |")
     print("|---|---|---|---|---|---|---|")
@@ -99,9 +97,7 @@ def main(options: Options) -> None:
         network = dataclasses.replace(config.model, precision=options.precision, remat=options.remat)
         config = dataclasses.replace(config, model=network)
         steps = train.make_steps(config, place)
-        model, optimizer = train.make_model(network, len(config.data.class_names)), train.make_optimizer(config.train)
-        state = jax.eval_shape(lambda m=model, o=optimizer: train.init_state(m, o, 0))
-        batch = constant_batch(options.image_size, options.batch_size)
+        state = jax.eval_shape(functools.partial(runs.fresh_state, config))
         works = {"train": steps.train.lower(state, batch)}  # type: ignore[attr-defined]
         if options.devices == 1:
             inference = train.inference_state(state)

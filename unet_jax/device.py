@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,13 +64,12 @@ class Placement(NamedTuple):
         return InputError(f"batches of {batch_size} need more memory than the devices have: try --remat, or {smaller}")
 
 
-def placement() -> Placement:
-    """The placement on all devices that JAX sees."""
+def placement(devices: Sequence[jax.Device] | None = None) -> Placement:
+    """The placement on these devices, by default all that JAX sees."""
+    devices = jax.devices() if devices is None else devices
     # Explicit axes, the default, are refused by linen's Dropout.
-    mesh: Mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    return Placement(
-        NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")), jax.device_count()
-    )
+    mesh: Mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return Placement(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")), len(devices))
 
 
 def compute_dtype(precision: Precision) -> DTypeLike:
