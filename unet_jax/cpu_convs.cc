@@ -35,6 +35,23 @@ using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_ali
 Vector& at(float* p) { return *reinterpret_cast<Vector*>(p); }
 const Vector& at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 
+// a b + c, fused where the processor can. It is written out, and compiled with -ffp-contract=off: a compiler that is
+// free to fuse does so in another way in each copy of a loop that it makes, and then results depend on which thread ran
+// which copy. It is assembly because GCC 12 copies registers around its own intrinsics: products take half as long
+// again.
+inline Vector fma(Vector a, Vector b, Vector c) {
+#if defined(__FMA__)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+#elif defined(__aarch64__)
+  asm("fmla %0.4s, %1.4s, %2.4s" : "+w"(c) : "w"(a), "w"(b));
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+inline Vector fma(float a, Vector b, Vector c) { return fma(a - Vector{}, b, c); }
+
 // Memory that is neither zeroed nor given back before its owner ends; what was in it is lost when it grows.
 class Buffer {
  public:
@@ -106,7 +123,7 @@ void tile_product(Left a, Matrix b, Matrix c, int64_t count, bool add) {
 #pragma GCC unroll 24
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sums[r][v] += a.p[r * a.row] * right[v];
+      for (int v = 0; v < V; v++) sums[r][v] = fma(a.p[r * a.row], right[v], sums[r][v]);
   }
 #pragma GCC unroll 24
   for (int r = 0; r < R; r++)
@@ -164,7 +181,7 @@ struct Pictures {
     if (!pixel) return Vector{};
     Vector v = at(pixel + feature);
     if (relu) v = v < 0 ? Vector{} : v;  // NaN stays
-    return gain ? v * at(gain + feature) + at(shift + feature) : v;
+    return gain ? fma(v, at(gain + feature), at(shift + feature)) : v;
   }
   void copy(const float* pixel, float* to) const {
     for (int64_t feature = 0; feature < c; feature += kLanes) at(to + feature) = value(pixel, feature);
@@ -229,30 +246,30 @@ struct Form<4> {
   static constexpr float at_a = 1 / (2 * a2 * (a2 - b2)), at_b = 1 / (2 * b2 * (b2 - a2));
 
   static void input(const Vector* from, int s, Vector* to, int t) {
-    Vector even_a = from[4 * s] - b2 * from[2 * s], odd_a = a * from[3 * s] - (a * b2) * from[s];
-    Vector even_b = from[4 * s] - a2 * from[2 * s], odd_b = b * from[3 * s] - (b * a2) * from[s];
-    to[0] = from[0] - (a2 + b2) * from[2 * s] + from[4 * s];
+    Vector even_a = fma(-b2, from[2 * s], from[4 * s]), odd_a = a * fma(-b2, from[s], from[3 * s]);
+    Vector even_b = fma(-a2, from[2 * s], from[4 * s]), odd_b = b * fma(-a2, from[s], from[3 * s]);
+    to[0] = fma(-(a2 + b2), from[2 * s], from[0] + from[4 * s]);
     plus_minus(even_a, odd_a, even_b, odd_b, to, t);
-    to[5 * t] = from[s] - (a2 + b2) * from[3 * s] + from[5 * s];
+    to[5 * t] = fma(-(a2 + b2), from[3 * s], from[s] + from[5 * s]);
   }
   static void output(const Vector* from, int s, Vector* to, int t) {
     Vector even_a = from[s] + from[2 * s], odd_a = from[s] - from[2 * s];
     Vector even_b = from[3 * s] + from[4 * s], odd_b = from[3 * s] - from[4 * s];
     to[0] = from[0] + even_a + even_b;
-    to[t] = a * odd_a + b * odd_b;
-    to[2 * t] = a2 * even_a + b2 * even_b;
-    to[3 * t] = a3 * odd_a + b3 * odd_b + from[5 * s];
+    to[t] = fma(a, odd_a, b * odd_b);
+    to[2 * t] = fma(a2, even_a, b2 * even_b);
+    to[3 * t] = fma(a3, odd_a, fma(b3, odd_b, from[5 * s]));
   }
   static void output_transposed(const Vector* from, int s, Vector* to, int t) {
-    Vector even_a = from[0] + a2 * from[2 * s], odd_a = a * from[s] + a3 * from[3 * s];
-    Vector even_b = from[0] + b2 * from[2 * s], odd_b = b * from[s] + b3 * from[3 * s];
+    Vector even_a = fma(a2, from[2 * s], from[0]), odd_a = a * fma(a2, from[3 * s], from[s]);
+    Vector even_b = fma(b2, from[2 * s], from[0]), odd_b = b * fma(b2, from[3 * s], from[s]);
     to[0] = from[0];
     plus_minus(even_a, odd_a, even_b, odd_b, to, t);
     to[5 * t] = from[3 * s];
   }
   static void kernel(const Vector* from, int s, Vector* to, int t) {
-    Vector even_a = at_a * (from[0] + a2 * from[2 * s]), odd_a = (at_a * a) * from[s];
-    Vector even_b = at_b * (from[0] + b2 * from[2 * s]), odd_b = (at_b * b) * from[s];
+    Vector even_a = at_a * fma(a2, from[2 * s], from[0]), odd_a = (at_a * a) * from[s];
+    Vector even_b = at_b * fma(b2, from[2 * s], from[0]), odd_b = (at_b * b) * from[s];
     to[0] = from[0];
     plus_minus(even_a, odd_a, even_b, odd_b, to, t);
     to[5 * t] = from[2 * s];
@@ -261,8 +278,8 @@ struct Form<4> {
     Vector even_a = at_a * (from[s] + from[2 * s]), odd_a = at_a * (from[s] - from[2 * s]);
     Vector even_b = at_b * (from[3 * s] + from[4 * s]), odd_b = at_b * (from[3 * s] - from[4 * s]);
     to[0] = from[0] + even_a + even_b;
-    to[t] = a * odd_a + b * odd_b;
-    to[2 * t] = a2 * even_a + b2 * even_b + from[5 * s];
+    to[t] = fma(a, odd_a, b * odd_b);
+    to[2 * t] = fma(a2, even_a, fma(b2, even_b, from[5 * s]));
   }
 
  private:
@@ -396,22 +413,24 @@ void convolve(ffi::ThreadPool& pool, const Parts& parts, const float* kernel, bo
 
 constexpr int64_t kCached = 160000;  // floats that a core's cache holds beside what else is in use
 constexpr int64_t kChunk = 3 << 19;  // floats of tiles at once where they are of all threads
+constexpr int64_t kGroups = 8;       // of tiles at most, with sums of their own; never by the number of threads
 
 template <int M>
 void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& g, float* kernel) {
   constexpr int P = Tiles<M>::P;
   int64_t in = features(parts), out = g.c, sum_plane = plane_of(in, out), size = P * sum_plane;
   Tiles<M> tiles{g.n, g.h, g.w};
-  // Either each thread sums over tiles of its own, or, where its cache does not hold the sums, all go through the tiles
-  // together and each has sums of its own.
+  // Either a thread sums over a group of tiles by itself, or, where its cache does not hold the sums, all threads go
+  // through the tiles together and each has sums of its own.
   bool own_tiles = size <= kCached;
-  int64_t groups = own_tiles ? std::max<int64_t>(pool.num_threads(), 1) : 1, share = ceil_div(tiles.count, groups);
+  int64_t groups = own_tiles ? std::min(kGroups, ceil_div(tiles.count, 128)) : 1, share = ceil_div(tiles.count, groups);
   int64_t most = std::min(share, std::max<int64_t>(24, (own_tiles ? kCached : kChunk) / (P * (in + out))));
-  int64_t in_plane = plane_of(most, in), out_plane = plane_of(most, out), each = size + P * (in_plane + out_plane);
+  int64_t in_plane = plane_of(most, in), out_plane = plane_of(most, out);
   Buffer memory;
-  float* all_sums = memory.of(groups * each);
+  float* all_sums = memory.of(groups * size);
   auto sum = [&](int64_t group, auto run) {
-    float *sums = all_sums + group * each, *inputs = sums + size, *outputs = inputs + P * in_plane;
+    float *sums = all_sums + group * size, *inputs = scratch.of(P * (in_plane + out_plane));
+    float* outputs = inputs + P * in_plane;
     int64_t begin = group * share, end = std::min(tiles.count, begin + share);
     if (begin >= end) std::fill(sums, sums + size, 0.f);
     for (int64_t first = begin; first < end; first += most) {
@@ -443,7 +462,7 @@ void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& 
         for (int p = 0; p < P; p++) {
           const float* sums = all_sums + p * sum_plane + i * out + o;
           all[p] = at(sums);
-          for (int64_t group = 1; group < groups; group++) all[p] += at(sums + group * each);
+          for (int64_t group = 1; group < groups; group++) all[p] += at(sums + group * size);
         }
         both_axes<Form<M>::kernel_transposed, M + 2, 3>(all, taps);
         for (int tap = 0; tap < 9; tap++) at(kernel + (tap * in + i) * out + o) = taps[tap];

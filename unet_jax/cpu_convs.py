@@ -57,6 +57,7 @@ def _compiled(folder: Path) -> Path:
     command = [*shlex.split(os.environ.get("CXX") or "c++"), "-std=c++17", "-O3", "-march=native"]
     # Not CXXFLAGS: what else is built with may be meant for older processors.
     command += shlex.split(os.environ.get("UNET_JAX_CXXFLAGS", ""))
+    command += ["-ffp-contract=off"]  # what is fused is written out: see fma in the source
     # What it defines tells the compiler's version and the processor's abilities.
     defined = subprocess.run(
         [*command, "-dM", "-E", "-x", "c++", os.devnull], check=True, stdout=subprocess.PIPE
