@@ -4,12 +4,11 @@ Every contender of a cell (variant, train step or inference, picture size, batch
 in turn, so that a drift of the machine's speed hits all alike; read the ratios, not the seconds. A step is one on a
 constant batch that lies on the device: training is forward, loss, gradient and Adam; inference is pictures to logits.
 PyTorch runs channels_last, on a GPU with bfloat16 autocast: eager as it is, on the CPU also with the settings of malloc
-that ours has ("kept", `device.keep_freed_memory`), and through torch.compile with them (inference; on a GPU training
-too). "linen" is our network with linen's own layers in place of ours. Peak memory is the device's on a GPU, else the
-process's, compilation included.
+that ours has ("kept", `cpu.memory.keep_freed_memory`), and through torch.compile with them (inference; on a GPU
+training too). "linen" is our step with linen's own layers in place of ours. Peak memory is the device's on a GPU, else
+the process's, compilation included.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -18,11 +17,11 @@ import os
 import platform
 import statistics
 import time
+import types
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share the GPU's memory here
 
@@ -35,8 +34,9 @@ import tyro
 from profile_step import constant_batch, set_up
 from torch.utils.flop_counter import FlopCounterMode
 
-from unet_jax import device, model, plots, runs, train
+from unet_jax import device, plots, runs, train
 from unet_jax.config import PUBLISHED, VARIANTS
+from unet_jax.cpu.memory import keep_freed_memory
 from unet_jax.data.batches import Batch
 from unet_jax.errors import InputError, exit_on_input_error
 
@@ -62,12 +62,12 @@ class Options:
     """Folder for benchmark.json, benchmark.md and benchmark.png."""
 
 
-def ours(variant: str, work: Work, batch: Batch) -> Callable[[], Any]:
-    """A function that does one step of ours and waits for it."""
-    config, steps, state, batch = set_up(variant, batch)
-    network = train.make_model(config.model, 3)
+def ours(variant: str, work: Work, batch: Batch, layers: Any = None) -> Callable[[], Any]:
+    """A function that does one step of ours, maybe with other layers, and waits for it."""
+    network, steps, state, batch = set_up(variant, batch, layers)
     if work == "inference":
-        infer = jax.jit(functools.partial(train.infer, model=network), compiler_options=device.compiler_options())
+        options = device.compiler_options(device.placement().platform)
+        infer = jax.jit(functools.partial(train.infer, model=network), compiler_options=options)
         return lambda: jax.block_until_ready(infer(state, batch.images))
     states = [state]
 
@@ -79,30 +79,15 @@ def ours(variant: str, work: Work, batch: Batch) -> Callable[[], Any]:
 
 
 class LinenBatchNorm(nn.Module):
-    """linen's batch norm behind the interface of ours."""
-
-    relu_first: bool = False
+    """linen's batch norm, called as ours is."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.relu(x) if self.relu_first else x
         return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
 
 
-class LinenConv(nn.Module):
-    """linen's convolution behind the interface of ours."""
-
-    features: int
-    kernel_size: int = 3
-    strides: int = 1
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, *parts: jax.Array) -> jax.Array:
-        size = (self.kernel_size, self.kernel_size)
-        return nn.Conv(self.features, size, self.strides, self.kernel_size // 2, dtype=self.dtype)(
-            jnp.concatenate(parts, -1)
-        )
+def linen_conv(features: int, kernel_size: int = 3, strides: int = 1, **kwargs: Any) -> nn.Module:
+    return nn.Conv(features, (kernel_size, kernel_size), strides, kernel_size // 2, **kwargs)
 
 
 def linen_transposed_conv(features: int, **kwargs: Any) -> nn.Module:
@@ -115,25 +100,16 @@ def aligned_resize(x: jax.Array) -> jax.Array:
     return jax.image.scale_and_translate(x, shape, (1, 2), scale, (1 - scale) / 2, "linear", antialias=False)
 
 
-LINEN = {
-    "Conv": LinenConv,
-    "TransposedConv": linen_transposed_conv,
-    "BatchNorm": LinenBatchNorm,
-    "max_pool": functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
-    "resize_double": aligned_resize,
-}
-
-
-def linen(variant: str, work: Work, batch: Batch) -> Callable[[], Any]:
-    """The same with linen's own layers, compiled as jit does by itself."""
-    with contextlib.ExitStack() as exchanged:
-        for name, layer in LINEN.items():
-            exchanged.enter_context(mock.patch.object(model, name, layer))
-        for module in (device, train):
-            exchanged.enter_context(mock.patch.object(module, "compiler_options", return_value={}))
-        step = ours(variant, work, batch)
-        step()  # is traced now
-    return step
+LINEN = types.SimpleNamespace(
+    Conv=linen_conv,
+    TransposedConv=linen_transposed_conv,
+    BatchNorm=LinenBatchNorm,
+    Dropout=nn.Dropout,
+    relu=nn.relu,
+    max_pool=functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
+    resize_double=aligned_resize,
+    join=functools.partial(jnp.concatenate, axis=-1),
+)
 
 
 def theirs(variant: str, work: Work, batch: Batch, compiled: bool) -> Callable[[], Any]:
@@ -169,7 +145,7 @@ def theirs(variant: str, work: Work, batch: Batch, compiled: bool) -> Callable[[
 
 CONTENDERS: dict[str, Callable[[str, Work, Batch], Callable[[], Any]]] = {
     "ours": ours,
-    "linen": linen,
+    "linen": functools.partial(ours, layers=LINEN),
     "eager": functools.partial(theirs, compiled=False),
     "eager, kept": functools.partial(theirs, compiled=False),
     "compile, kept": functools.partial(theirs, compiled=True),
@@ -194,7 +170,7 @@ def contend(connection: Connection, name: str, variant: str, work: Work, size: i
     for caches that it finds taken.
     """
     if name != "eager":
-        device.keep_freed_memory()
+        keep_freed_memory()
     step = CONTENDERS[name](variant, work, constant_batch(size, batch))
     step()
     step()
@@ -227,7 +203,7 @@ def measure(names: Sequence[str], repeats: int, *cell: Any) -> tuple[dict[str, l
 def matrix_peak() -> float:
     """FLOP/s of a large matrix product in the precision of training: what the device can do at best."""
     n = 8192 if ON_GPU else 2048
-    a = jnp.ones((n, n), device.compute_dtype("auto"))
+    a = jnp.ones((n, n), device.compute_dtype("auto", device.placement().platform))
     product, seconds = jax.jit(jnp.matmul), []
     for _ in range(20):
         start = time.perf_counter()

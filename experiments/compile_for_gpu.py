@@ -12,7 +12,6 @@ import functools
 import math
 import os
 import re
-from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
@@ -22,7 +21,7 @@ import tyro
 from jax.experimental import topologies
 from profile_step import constant_batch
 
-from unet_jax import cpu_convs, runs, train
+from unet_jax import runs, train
 from unet_jax.config import PUBLISHED, ModelConfig, Precision, check_size, default_config
 from unet_jax.device import placement
 from unet_jax.errors import InputError, exit_on_input_error
@@ -96,8 +95,8 @@ def main(options: Options) -> None:
     for config in configs:
         network = dataclasses.replace(config.model, precision=options.precision, remat=options.remat)
         config = dataclasses.replace(config, model=network)
-        steps = train.make_steps(config, place)
-        state = jax.eval_shape(functools.partial(runs.fresh_state, config))
+        steps = train.make_steps(config, place, steps_per_epoch=1)
+        state = jax.eval_shape(functools.partial(runs.fresh_state, config, place))
         works = {"train": steps.train.lower(state, batch)}  # type: ignore[attr-defined]
         if options.devices == 1:
             inference = train.inference_state(state)
@@ -117,10 +116,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    # JAX's own backend here is the CPU, whose forms a GPU must not get.
-    with (
-        exit_on_input_error(),
-        mock.patch.object(cpu_convs, "is_available", return_value=False),
-        mock.patch.object(train, "compiler_options", return_value={}),
-    ):
+    with exit_on_input_error():
         main(tyro.cli(Options, description=__doc__))

@@ -36,8 +36,9 @@ def evaluate_run(options: Options) -> None:
     """Writes evaluation.json, tables.md and pictures.png, and prints the tables."""
     from unet_jax import device, runs
     from unet_jax.data.batches import Loader, validation_rows
-    from unet_jax.data.cache import Split, default_cache_dir, load_split
+    from unet_jax.data.cache import Split, load_split
     from unet_jax.data.datasets import resolve, sources
+    from unet_jax.folders import default_cache_dir
     from unet_jax.train import evaluate, make_steps
 
     if options.examples is not None and options.examples < 1:
@@ -64,7 +65,7 @@ def evaluate_run(options: Options) -> None:
         training, validation = validation_rows(split.names, data.validation_fraction, config.train.seed)
         rows = (training if options.split == "train" else validation)[: options.examples]
         split = Split(split.images[rows], split.labels[rows], [split.names[i] for i in rows])
-    steps = make_steps(config, placement)
+    steps = make_steps(config, placement, steps_per_epoch=1)  # which do not train
     loader = Loader(split, batch_size, placement)
     scores, sums = evaluate(steps.evaluate, restored.state, loader, data.class_names)
     out = options.out or options.run / f"evaluation-{options.split}"

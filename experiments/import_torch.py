@@ -66,12 +66,12 @@ def main(options: Options) -> None:
         raise InputError(f"{options.out} is not empty: choose another --out")
     import jax.numpy as jnp
 
-    from unet_jax import checkpoint, runs, train
+    from unet_jax import checkpoint, device, runs, train
     from unet_jax.from_pytorch import variables_from_state_dict
 
-    model = train.make_model(config.model, len(config.data.class_names))
+    model = train.make_model(config.model, len(config.data.class_names), device.placement())
     variables = variables_from_state_dict(arrays, model)
-    moments = train.make_optimizer(config.train).init(variables["params"])
+    moments = train.make_optimizer(config.train, steps_per_epoch=1).init(variables["params"])
     state = train.TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["batch_stats"], moments)
     with runs.lock(options.out):
         with checkpoint.manager(options.out / "checkpoints", 0) as checkpoints:

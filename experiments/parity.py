@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytorch_reference
@@ -34,11 +35,10 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from unet_jax.batch_norm import BatchNorm, Scaled, value_of
 from unet_jax.config import PUBLISHED, VARIANTS, Variant
-from unet_jax.device import compiler_options
+from unet_jax.device import compiler_options, fast_layers, placement
 from unet_jax.from_pytorch import variables_from_state_dict
-from unet_jax.layers import Conv
+from unet_jax.layers import BatchNorm, Conv
 from unet_jax.losses import LOSSES
 from unet_jax.model import DoubleConv, UNet
 
@@ -98,12 +98,14 @@ def train_jax(model: UNet, variables: Any, images: np.ndarray, labels: np.ndarra
         )
         return LOSSES[loss](logits, labels, None), (logits, updated)
 
-    @partial(jax.jit, compiler_options=compiler_options())
+    @partial(jax.jit, compiler_options=compiler_options("cpu"))
     def step(params: Any, batch_stats: Any, opt_state: Any) -> tuple:
         (value, (logits, updated)), grads = jax.value_and_grad(objective, has_aux=True)(params, batch_stats)
         updates, opt_state = optimizer.update(grads, opt_state)
         state = optax.apply_updates(params, updates), updated["batch_stats"], opt_state
-        intermediates = jax.tree.map(value_of, updated["intermediates"], is_leaf=lambda x: isinstance(x, Scaled))
+        intermediates = jax.tree.map(
+            jnp.asarray, updated["intermediates"], is_leaf=lambda x: hasattr(x, "__jax_array__")
+        )
         return state, value, (logits, grads, intermediates)
 
     state: tuple = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
@@ -169,7 +171,7 @@ def worst_gradient(ours: Any, theirs: Any, model: UNet) -> tuple[float, str]:
 def compare(variant: Variant, widths: tuple[int, ...], images: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
     """A row of the table; float64 in JAX at less than full width only."""
     down, up, loss = variant.downsampling, variant.upsampling, variant.loss
-    model = UNet(down, up, widths, dropout_rate=0.0)
+    model = UNet(down, up, widths, dropout_rate=0.0, layers=fast_layers(placement()))
     torch.manual_seed(seed)
     initial = pytorch_reference.UNet(down, up, widths, dropout_rate=0.0).state_dict()
 

@@ -194,7 +194,7 @@ def main(options: Options) -> int:
     from tqdm import tqdm
 
     from unet_jax import device
-    from unet_jax.data.cache import default_cache_dir
+    from unet_jax.folders import default_cache_dir
     from unet_jax.predict import load
 
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told once, at the end

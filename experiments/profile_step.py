@@ -10,15 +10,18 @@ import dataclasses
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
 
 from unet_jax import device, runs, train
-from unet_jax.config import RunConfig, default_config
+from unet_jax.config import default_config
+from unet_jax.cpu.memory import keep_freed_memory
 from unet_jax.data.batches import Batch
 from unet_jax.errors import exit_on_input_error
+from unet_jax.model import UNet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +49,13 @@ def constant_batch(size: int, count: int) -> Batch:
     return Batch(images, labels, np.ones(count, np.float32))
 
 
-def set_up(variant: str, batch: Batch) -> tuple[RunConfig, train.Steps, train.TrainState, Batch]:
-    """A variant's config, its steps, its fresh state and the batch, both on the device."""
+def set_up(variant: str, batch: Batch, layers: Any = None) -> tuple[UNet, train.Steps, train.TrainState, Batch]:
+    """A variant's network, its steps, its fresh state and the batch, both on the device; maybe with other layers."""
     config, place = default_config(variant, "synthetic"), device.placement()
-    state = jax.device_put(runs.fresh_state(config), place.replicated)
-    return config, train.make_steps(config, place), state, jax.device_put(batch, place.batch)
+    state = jax.device_put(runs.fresh_state(config, place), place.replicated)
+    model = train.make_model(config.model, len(config.data.class_names), place)
+    model = model.clone(layers=layers or model.layers)
+    return model, train.make_steps(config, place, 1, model=model), state, jax.device_put(batch, place.batch)
 
 
 def busy_seconds(folder: Path) -> dict[str, float]:
@@ -76,7 +81,7 @@ def layer_of(hlo: str) -> dict[str, str]:
 
 
 def main(options: Options) -> None:
-    device.keep_freed_memory()  # as run.py does
+    keep_freed_memory()  # as run.py does
     _, steps, state, batch = set_up(options.variant, constant_batch(options.image_size, options.batch_size))
     step = steps.train.lower(state, batch).compile()  # type: ignore[attr-defined]
     state, _ = jax.block_until_ready(step(state, batch))

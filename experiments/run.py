@@ -131,7 +131,7 @@ def train_run(options: Options, placement: "Placement") -> None:
         runs.write_json(folder / "config.json", to_dict(config))
         runs.write_json(folder / "environment.json", runs.environment())
         print(f"{config.variant} on {config.data.dataset}: {len(train)} steps an epoch, files in {folder}")
-        steps = make_steps(config, placement, options.deterministic, len(train))
+        steps = make_steps(config, placement, len(train), options.deterministic)
         state, records = train_epochs(config, folder, steps, train, held_out, start)
         finish(config, folder, steps, state, records, test)
 
@@ -156,8 +156,9 @@ def _is_done(folder: Path, config: RunConfig, overwrite: bool) -> bool:
 
 def load_splits(config: RunConfig, cache_dir: str | None) -> "dict[str, Split]":
     """Both splits as cached arrays, after the checks that need their sizes alone."""
-    from unet_jax.data.cache import default_cache_dir, load_split
+    from unet_jax.data.cache import load_split
     from unet_jax.data.datasets import sources
+    from unet_jax.folders import default_cache_dir
 
     data = config.data
     counts = {"train": data.train_examples, "test": data.test_examples}
@@ -177,7 +178,7 @@ def start_from(config: RunConfig, placement: "Placement") -> "Restored":
     from unet_jax import runs, train
     from unet_jax.checkpoint import Progress, Restored
 
-    state = runs.fresh_state(config)
+    state = runs.fresh_state(config, placement)
     if config.train.init_from:
         other = Path(config.train.init_from)
         theirs, restored = runs.load(other, placement)
@@ -382,7 +383,7 @@ def finish(
 def main() -> None:
     runs_asked_for = parse(sys.argv[1:])
     from unet_jax import device, processes
-    from unet_jax.data.cache import default_cache_dir
+    from unet_jax.folders import default_cache_dir
 
     first = runs_asked_for[0]
     device.set_up(default_cache_dir() / "xla" if first.compilation_cache else None)

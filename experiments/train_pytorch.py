@@ -20,9 +20,10 @@ from tqdm import tqdm
 from unet_jax import runs
 from unet_jax.config import RunConfig, TrainConfig, to_dict
 from unet_jax.data.batches import shuffled
-from unet_jax.data.cache import Split, default_cache_dir, load_split
+from unet_jax.data.cache import Split, load_split
 from unet_jax.data.datasets import sources
 from unet_jax.errors import InputError, exit_on_input_error
+from unet_jax.folders import default_cache_dir
 from unet_jax.metrics import PictureSums, picture_sums, scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

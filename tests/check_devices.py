@@ -17,7 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from unet_jax import device, processes, train
+from unet_jax import device, processes, runs, train
 from unet_jax.config import VARIANTS, default_config
 from unet_jax.data import synthetic
 from unet_jax.data.batches import Loader
@@ -74,10 +74,8 @@ def take_steps(options: Options, variant: str, split: Split) -> list[float]:
         model=dataclasses.replace(config.model, widths=options.widths),
         train=dataclasses.replace(config.train, batch_size=options.batch_size),
     )
-    model = train.make_model(config.model, 3)
-    state = train.init_state(model, train.make_optimizer(config.train), seed=0)
-    state = jax.device_put(state, placement.replicated)
-    steps = train.make_steps(config, placement)
+    state = jax.device_put(runs.fresh_state(config, placement), placement.replicated)
+    steps = train.make_steps(config, placement, steps_per_epoch=options.steps)
     losses = []
     for batch in Loader(split, options.batch_size, placement).train(seed=0, epoch=1):
         state, loss = steps.train(state, batch)

@@ -1,8 +1,8 @@
 """Kills and damages runs and has them go on: `python tests/check_faults.py --kills 50`.
 
-A tiny run is killed (-9, and by SIGTERM) at random moments and started again each time; files of a stopped run are
-damaged; a disk fills up. Each time the run must end with the parameters and metrics, bit for bit, of one that nothing
-disturbed. Prints faults tried, survived and lost; exit status 1 if any was lost.
+A run on tiny pictures is killed (-9, and by SIGTERM) at random moments and started again each time; files of a stopped
+run are damaged; a disk fills up. Each time the run must end with the parameters and metrics, bit for bit, of one that
+nothing disturbed. Prints faults tried, survived and lost; exit status 1 if any was lost.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-FLAGS = ["--dataset", "synthetic", "--image-size", "16", "--widths", "4", "4", "--train-examples", "40"]
+TINY = ["--image-size", "16", "--widths", "4", "4"]
+FLAGS = ["--dataset", "synthetic", *TINY, "--train-examples", "40"]
 FLAGS += ["--test-examples", "8", "--batch-size", "8", "--dropout-rate", "0.5"]
 TIMING = {"seconds", "evaluation_seconds", "images_per_second"}
 
@@ -35,11 +36,18 @@ TIMING = {"seconds", "evaluation_seconds", "images_per_second"}
 class Options:
     kills: int = 50
     terms: int = 5
-    epochs: int = 60
+    epochs: int = 20
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    image_size: int = 32
+    variant: str = "mp_tr_dice"
     seed: int = 0
     """Of the moments."""
     others: tuple[str, ...] = ()
-    """Which of DAMAGES and DISKS to try. Default: all."""
+    """Which of DAMAGES and DISKS to try, or none. Default: all."""
+
+    def flags(self) -> list[str]:
+        size = ["--image-size", str(self.image_size), "--widths", *map(str, self.widths)]
+        return [*size, "--epochs", str(self.epochs), "--variant", self.variant]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +56,9 @@ class Ended:
     output: str
 
 
-def start(
-    home: Path, folder: Path, epochs: int, *flags: object, limit: int | None = None, devices: int = 1
-) -> subprocess.Popen:
+def start(home: Path, folder: Path, *flags: object, limit: int | None = None, devices: int = 1) -> subprocess.Popen:
     """Starts the command of a run on simulated devices; it can write at most `limit` bytes a file."""
-    script = [sys.executable, str(ROOT / "experiments" / "run.py"), *FLAGS, "--epochs", str(epochs)]
+    script = [sys.executable, str(ROOT / "experiments" / "run.py"), *FLAGS]
     env = dict(os.environ, PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(home / "cache"), TQDM_DISABLE="1")
     script += ["--workdir", str(folder), *map(str, flags)]
     # Unbuffered: what it prints tells when to kill it.
@@ -93,10 +99,10 @@ def wait_for(sign: str, process: subprocess.Popen) -> str:
 
 
 def interrupted(
-    home: Path, folder: Path, epochs: int, number: signal.Signals, rng: random.Random, from_start: bool = True
+    home: Path, folder: Path, options: Options, number: signal.Signals, rng: random.Random, from_start: bool = True
 ) -> Ended:
     """Starts or resumes the run and sends it the signal at a random moment, of its start or of its training."""
-    process = start(home, folder, epochs)
+    process = start(home, folder, *options.flags())
     output = wait_for(rng.choice(["device: ", "files in", "Test set"]) if from_start else "Test set", process)
     time.sleep(rng.uniform(0, 1))
     process.send_signal(number)
@@ -172,77 +178,97 @@ def small_disk(size: str) -> Iterator[Path | None]:
             subprocess.run(["umount", "-l", folder], check=True)
 
 
-def try_faults(options: Options) -> tuple[Counter, Counter]:
-    """How often each fault was tried, and how often survived."""
-    tried: Counter = Counter()
-    survived: Counter = Counter()
-    rng = random.Random(options.seed)
+class Trial:
+    """A run that nothing disturbed, and how often each fault to others like it was tried, and survived."""
 
-    def note(fault: str, good: bool, ended: Ended) -> None:
-        tried[fault] += 1
-        survived[fault] += good
+    def __init__(self, home: Path, options: Options) -> None:
+        self.home, self.options = home, options
+        self.tried: Counter = Counter()
+        self.survived: Counter = Counter()
+        ended = finish(start(home, home / "undisturbed", *options.flags()))
+        assert ended.status == 0, ended.output
+        self.expected = result(home / "undisturbed")
+
+    def note(self, fault: str, good: bool, ended: Ended) -> None:
+        self.tried[fault] += 1
+        self.survived[fault] += good
         if not good:
             print(f"LOST: {fault}: status {ended.status}\n{ended.output[-2000:]}")
 
-    with tempfile.TemporaryDirectory() as temporary:
-        home = Path(temporary)
-        run, snapshot, cache = home / "run", home / "snapshot", home / "cache" / "unet_jax"
-        ended = finish(start(home, home / "undisturbed", options.epochs))
-        assert ended.status == 0, ended.output
-        expected = result(home / "undisturbed")
+    def survives(self, fault: str, folder: Path, says: str = "", times: int = 1) -> None:
+        """Has the run go on to its end, and compares."""
+        ended = finish(start(self.home, folder, *self.options.flags()))
+        good = ended.status == 0 and says in ended.output and result(folder) == self.expected
+        for _ in range(times):
+            self.note(fault, good, ended)
+        shutil.rmtree(folder)
 
-        def survives(fault: str, folder: Path, says: str = "", times: int = 1) -> None:
-            """Has the run go on to its end, and compares."""
-            ended = finish(start(home, folder, options.epochs))
-            good = ended.status == 0 and says in ended.output and result(folder) == expected
-            for _ in range(times):
-                note(fault, good, ended)
-            shutil.rmtree(folder)
 
-        signals = {"kill -9": (signal.SIGKILL, options.kills), "SIGTERM": (signal.SIGTERM, options.terms)}
-        for fault, (number, times) in signals.items():
-            left, hits = times, 0
-            while left or hits:
-                if left:
-                    ended = interrupted(home, run, options.epochs, number, rng, from_start=fault == "kill -9")
-                    if ended.status:
-                        left, hits = left - 1, hits + 1
-                        if fault == "SIGTERM":
-                            note("SIGTERM: status 143", ended.status == 143, ended)
-                if not left or not ended.status:  # no more faults, or it was at its end before one came
-                    survives(fault, run, times=hits)
-                    hits = 0
+def try_signals(trial: Trial, rng: random.Random) -> None:
+    """Kills a run again and again until it is at its end, and the next."""
+    options, run = trial.options, trial.home / "run"
+    signals = {"kill -9": (signal.SIGKILL, options.kills), "SIGTERM": (signal.SIGTERM, options.terms)}
+    for fault, (number, times) in signals.items():
+        left, hits = times, 0
+        while left or hits:
+            if left:
+                ended = interrupted(trial.home, run, options, number, rng, from_start=fault == "kill -9")
+                if ended.status:
+                    left, hits = left - 1, hits + 1
+                    if fault == "SIGTERM":
+                        trial.note("SIGTERM: status 143", ended.status == 143, ended)
+            if not left or not ended.status:  # no more faults, or it was at its end before one came
+                trial.survives(fault, run, times=hits)
+                hits = 0
 
-        while not snapshot.exists() or "is saved" not in ended.output:
-            shutil.rmtree(snapshot, ignore_errors=True)
-            ended = interrupted(home, snapshot, options.epochs, signal.SIGTERM, rng, from_start=False)
-        for fault in DAMAGES:
-            if options.others and fault not in options.others:
-                continue
-            damage, says = DAMAGES[fault]
+
+def try_damages(trial: Trial, snapshot: Path) -> None:
+    """Damages a stopped run's files in every way asked for."""
+    run, cache = trial.home / "run", trial.home / "cache" / "unet_jax"
+    for fault, (damage, says) in DAMAGES.items():
+        if not trial.options.others or fault in trial.options.others:
             shutil.copytree(snapshot, run)
             damage(run, cache)
-            survives(fault, run, says)
+            trial.survives(fault, run, says)
 
-        for fault, limit in DISKS.items():
-            if options.others and fault not in options.others:
+
+def try_disks(trial: Trial, snapshot: Path) -> None:
+    """Has a stopped run go on on disks that take no more."""
+    room = sum(file.stat().st_size for file in snapshot.rglob("*") if file.is_file()) + 2**22
+    for fault, limit in DISKS.items():
+        if trial.options.others and fault not in trial.options.others:
+            continue
+        with contextlib.nullcontext(trial.home) if limit else small_disk(str(room)) as disk:
+            if disk is None:
+                print(f"{fault}: not tried, mounting a tmpfs is not permitted here")
                 continue
-            with contextlib.nullcontext(home) if limit else small_disk("4m") as disk:
-                if disk is None:
-                    print(f"{fault}: not tried, mounting a tmpfs is not permitted here")
-                    continue
-                small = disk / "small"
-                shutil.copytree(snapshot, small)
-                if not limit:
-                    (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 16384))
-                ended = finish(start(home, small, options.epochs, limit=limit))
-                lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
-                good = ended.status == 2 and len(lines) == 1 and "Traceback" not in ended.output
-                note(f"{fault}: one line, status 2", good, ended)
-                shutil.copytree(small, run)
-                shutil.rmtree(small)
-            survives(f"{fault}: goes on later", run)
-    return tried, survived
+            small = disk / "small"
+            shutil.copytree(snapshot, small)
+            if not limit:
+                (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 16384))
+            ended = finish(start(trial.home, small, *trial.options.flags(), limit=limit))
+            lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+            good = ended.status == 2 and len(lines) == 1 and "Traceback" not in ended.output
+            trial.note(f"{fault}: one line, status 2", good, ended)
+            shutil.copytree(small, trial.home / "run")
+            shutil.rmtree(small)
+        trial.survives(f"{fault}: goes on later", trial.home / "run")
+
+
+def try_faults(options: Options) -> tuple[Counter, Counter]:
+    """How often each fault was tried, and how often survived."""
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        trial = Trial(home, options)
+        try_signals(trial, rng)
+        if options.others != ("none",):
+            snapshot = home / "snapshot"
+            while "is saved" not in interrupted(home, snapshot, options, signal.SIGTERM, rng, from_start=False).output:
+                shutil.rmtree(snapshot)
+            try_damages(trial, snapshot)
+            try_disks(trial, snapshot)
+    return trial.tried, trial.survived
 
 
 def main(options: Options) -> int:

@@ -49,12 +49,12 @@ def test_two_processes_give_the_losses_of_one_and_share_the_reading(alone):
 def pair(home: Path, folder: Path, epochs: int) -> list[subprocess.Popen]:
     """Two processes that make one run."""
     flags = ("--distributed", "--coordinator", f"127.0.0.1:{check_devices.free_port()}", "--processes", 2)
-    return [check_faults.start(home, folder, epochs, *flags, "--process-id", i) for i in range(2)]
+    return [check_faults.start(home, folder, "--epochs", epochs, *flags, "--process-id", i) for i in range(2)]
 
 
 def test_a_run_moves_from_eight_devices_to_two_processes_to_one_device(tmp_path):
     run, whole = tmp_path / "run", tmp_path / "whole"
-    ended = check_faults.finish(check_faults.start(tmp_path, run, 1, devices=8))
+    ended = check_faults.finish(check_faults.start(tmp_path, run, "--epochs", 1, devices=8))
     assert ended.status == 0, ended.output
 
     first, second = pair(tmp_path, run, 4000)
@@ -68,7 +68,7 @@ def test_a_run_moves_from_eight_devices_to_two_processes_to_one_device(tmp_path)
 
     epochs = len((run / "metrics.jsonl").read_text().splitlines()) + 1
     for folder in (run, whole):
-        ended = check_faults.finish(check_faults.start(tmp_path, folder, epochs))
+        ended = check_faults.finish(check_faults.start(tmp_path, folder, "--epochs", epochs))
         assert ended.status == 0, ended.output
     ours, theirs = (check_faults.result(folder)[1] for folder in (run, whole))
     assert [r["epoch"] for r in ours] == list(range(1, epochs + 1))
@@ -190,8 +190,9 @@ def test_remat_computes_the_same():
     results = []
     for remat in (False, True):
         model = dataclasses.replace(config.model, remat=remat)
-        state = train.init_state(train.make_model(model, 3), train.make_optimizer(config.train), seed=0)
-        steps = train.make_steps(dataclasses.replace(config, model=model), device.placement())
+        with_model = dataclasses.replace(config, model=model)
+        state = runs.fresh_state(with_model, device.placement())
+        steps = train.make_steps(with_model, device.placement(), 1)
         assert ("optimization_barrier" in steps.train.lower(state, batch).as_text()) == remat
         results.append(steps.train(state, batch))
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)

@@ -19,7 +19,7 @@ pytest.importorskip("flatbuffers")
 def call(folder):
     """What model.json tells to do."""
     model = jax.export.deserialize(bytearray((folder / export.ARTIFACT).read_bytes()))
-    return jax.jit(model.call, compiler_options=device.compiler_options())
+    return jax.jit(model.call, compiler_options=device.compiler_options("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ from unet_jax.train import TrainState
 
 
 def test_killed_stopped_and_refused_runs_end_as_the_undisturbed_one():
-    options = check_faults.Options(kills=3, terms=1, epochs=12, others=("file size limit",))
+    options = check_faults.Options(
+        kills=3, terms=1, epochs=12, widths=(4, 4), image_size=16, others=("file size limit",)
+    )
     tried, survived = check_faults.try_faults(options)
     assert tried == survived
     assert (tried["kill -9"], tried["SIGTERM"], tried["file size limit: one line, status 2"]) == (3, 1, 1)

@@ -58,9 +58,9 @@ def imported(tmp_path_factory, make_import, weights):
 
 def test_it_answers_as_its_weights_do(imported, weights):
     predictor, image = predict.load(imported), picture(SIZE, SIZE)
-    model = train.make_model(predictor.config.model, 3)
+    model = train.make_model(predictor.config.model, 3, predictor.placement)
     state = train.TrainState(step=0, opt_state=None, **variables_from_state_dict(weights, model))
-    infer = jax.jit(train.infer, static_argnums=2, compiler_options=device.compiler_options())
+    infer = jax.jit(train.infer, static_argnums=2, compiler_options=device.compiler_options("cpu"))
     expected = jax.nn.softmax(infer(state, image[None], model)[0])
     assert np.ptp(expected) > 0.3
     np.testing.assert_allclose(predictor(image, probabilities=True), expected, atol=1e-6)
@@ -80,7 +80,7 @@ def test_export_takes_it(imported, tmp_path):
     assert export.export_run(imported, tmp_path / "out")["step"] == 0
     model = jax.export.deserialize(bytearray((tmp_path / "out" / export.ARTIFACT).read_bytes()))
     images = picture(2 * SIZE, SIZE)[None]
-    answer = jax.jit(model.call, compiler_options=device.compiler_options())(images)
+    answer = jax.jit(model.call, compiler_options=device.compiler_options("cpu"))(images)
     np.testing.assert_allclose(answer, predict.load(imported).network(images), atol=1e-5)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from unet_jax import losses, metrics
-from unet_jax.batch_norm import value_of
 from unet_jax.errors import InputError
 from unet_jax.model import DoubleConv, UNet
 
@@ -253,6 +252,36 @@ def test_training_is_the_textbooks_and_every_parameter_learns(downsampling, upsa
     assert all(np.any(new != old) for new, old in zip(*map(jax.tree.leaves, (updated, stats)), strict=True))
 
 
+@pytest.mark.parametrize(("downsampling", "upsampling"), [COMBINATIONS[0], COMBINATIONS[3]])
+def test_forward_mode_and_gradients_of_gradients_are_the_textbooks(downsampling, upsampling):
+    widths = WIDTHS[:2]
+    values = variables(UNet(downsampling, upsampling, widths, dropout_rate=0.0))
+
+    def derivatives(model):
+        def logits(params, images):
+            return model.apply({**values, "params": params}, images, True, mutable=["batch_stats"])[0]
+
+        def of_images(params, images):
+            return jax.grad(lambda images: jnp.square(logits(params, images)).sum())(images)
+
+        def penalty(params):
+            return jnp.square(of_images(params, IMAGES)).mean()
+
+        @jax.jit
+        def run(params):
+            forward = jax.jvp(lambda images: logits(params, images), (IMAGES,), (IMAGES[::-1],))[1]
+            over_reverse = jax.jvp(lambda images: of_images(params, images), (IMAGES,), (IMAGES[::-1],))[1]
+            return forward, over_reverse, jax.grad(penalty)(params)
+
+        return run(values["params"])
+
+    ours = derivatives(UNet(downsampling, upsampling, widths, dropout_rate=0.0))
+    textbook = derivatives(TextbookUNet(downsampling, upsampling, widths))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(textbook), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(1.0, np.abs(other).max()), rtol=0)
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(ours[:2]))
+
+
 @functools.cache
 def evaluation(model: nn.Module):
     return jax.jit(lambda variables: model.apply(variables, IMAGES))
@@ -304,7 +333,7 @@ def test_dropout_is_in_the_two_deepest_encoder_blocks_alone():
                 mutable=["batch_stats", "intermediates"],
                 capture_intermediates=lambda module, _: isinstance(module, DoubleConv),
             )
-            return {name: value_of(block["__call__"][0]) for name, block in seen["intermediates"].items()}
+            return {name: block["__call__"][0] for name, block in seen["intermediates"].items()}
 
         return run
 

@@ -32,7 +32,7 @@ def make_run(folder, downsampling="max_pool", upsampling="transposed_conv"):
             return np.ones(x.shape, x.dtype)
         return rng.uniform(-2.5, 2.5, x.shape).astype(x.dtype) / np.sqrt(np.prod(x.shape[:3]), dtype=x.dtype)
 
-    state = jax.tree.map(weights, runs.fresh_state(config))
+    state = jax.tree.map(weights, runs.fresh_state(config, device.placement()))
     folder.mkdir()
     runs.write_json(folder / "config.json", to_dict(config))
     with checkpoint.manager(folder / "checkpoints", 0) as checkpoints:
@@ -84,8 +84,10 @@ def test_a_list_is_its_pictures_one_by_one(predictor):
 
 def test_at_the_training_size_nothing_is_resized(predictor):
     image = picture(SIZE, SIZE)
-    model = train.make_model(predictor.config.model, 3)
-    infer = jax.jit(train.infer, static_argnums=2, compiler_options=device.compiler_options())  # rounding is theirs
+    model = train.make_model(predictor.config.model, 3, predictor.placement)
+    infer = jax.jit(
+        train.infer, static_argnums=2, compiler_options=device.compiler_options("cpu")
+    )  # rounding is theirs
     logits = infer(predictor.restored.state, image[None], model)[0]
     np.testing.assert_allclose(predictor(image, probabilities=True), jax.nn.softmax(logits), atol=1e-6)
 

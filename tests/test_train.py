@@ -1,6 +1,8 @@
 """The training loop: steps, evaluation, order of batches, compilations, and going on exactly."""
 
 import dataclasses
+import subprocess
+import sys
 from functools import partial
 
 import chex
@@ -10,13 +12,13 @@ import numpy as np
 import optax
 import pytest
 
-from unet_jax import device, runs, train
+from unet_jax import device, layers, runs, train
 from unet_jax.config import PUBLISHED, DataConfig, ModelConfig, RunConfig, TrainConfig, default_config
 from unet_jax.data.batches import Batch, Loader, shuffled, validation_rows
 from unet_jax.data.cache import Split
 from unet_jax.errors import InputError
 from unet_jax.losses import make_loss
-from unet_jax.ops import conv
+from unet_jax.model import UNet
 
 CONFIG = RunConfig(
     "mp_tr_dice",
@@ -41,11 +43,11 @@ def placement():
 
 @pytest.fixture(scope="module")
 def steps(placement):
-    return train.make_steps(CONFIG, placement)
+    return train.make_steps(CONFIG, placement, 3)
 
 
 def fresh_state(config: RunConfig, placement: device.Placement) -> train.TrainState:
-    return jax.device_put(runs.fresh_state(config), placement.replicated)
+    return jax.device_put(runs.fresh_state(config, placement), placement.replicated)
 
 
 def loaders(placement: device.Placement) -> tuple[Loader, Loader]:
@@ -74,7 +76,7 @@ def test_two_shapes_in_training_and_one_in_evaluation(placement, monkeypatch):
     chex.clear_trace_counter()
     monkeypatch.setattr(train, "train_step", chex.assert_max_traces(train.train_step, n=2))
     monkeypatch.setattr(train, "eval_step", chex.assert_max_traces(train.eval_step, n=1))
-    steps = train.make_steps(CONFIG, placement)
+    steps = train.make_steps(CONFIG, placement, 3)
     results = epochs_of(train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
     assert len(results) == 2
     # The guard works: one more shape is one too many.
@@ -106,7 +108,7 @@ def test_published_test_loss_is_the_mean_of_batch_means(placement, steps):
     state, (_, test) = fresh_state(CONFIG, placement), loaders(placement)
     record, sums = train.evaluate(steps.evaluate, state, test, CONFIG.data.class_names)
     loss = train.make_loss("log_dice")
-    model = train.make_model(CONFIG.model, 3)
+    model = train.make_model(CONFIG.model, 3, placement)
     parts = [slice(0, 4), slice(4, 6)]
     expected = [loss(train.infer(state, test.split.images[p], model), test.split.labels[p], None) for p in parts]
     np.testing.assert_allclose(record["test_loss"], np.mean(expected), rtol=1e-5)
@@ -151,11 +153,12 @@ def test_split_on_the_device_gives_the_same_batches(placement, monkeypatch):
 
 
 def test_bfloat16_keeps_the_state_in_float32(placement, steps):
-    assert device.compute_dtype("auto") == jnp.float32  # on the CPU
+    assert device.compute_dtype("auto", "cpu") == jnp.float32
+    assert device.compute_dtype("auto", "gpu") == jnp.bfloat16
     one_step, _ = loaders(placement)
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
     batch = next(one_step.train(0, 1))
-    state, loss = train.make_steps(config, placement).train(fresh_state(config, placement), batch)
+    state, loss = train.make_steps(config, placement, 3).train(fresh_state(config, placement), batch)
     floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {np.dtype("float32")}
     _, reference = steps.train(fresh_state(CONFIG, placement), batch)
@@ -169,7 +172,8 @@ def with_train(**changes) -> RunConfig:
 
 def test_defaults_are_plain_adam():
     chex.assert_trees_all_equal_structs(
-        train.make_optimizer(CONFIG.train).init({"kernel": jnp.ones(2)}), optax.adam(1e-2).init({"kernel": jnp.ones(2)})
+        train.make_optimizer(CONFIG.train, 3).init({"kernel": jnp.ones(2)}),
+        optax.adam(1e-2).init({"kernel": jnp.ones(2)}),
     )
     assert train.make_schedule(CONFIG.train, 7) == 1e-2
 
@@ -184,11 +188,11 @@ def test_schedules():
 
 def test_decay_moves_kernels_alone_and_long_gradients_are_clipped():
     params = {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.ones(2)}
-    decay = train.make_optimizer(with_train(weight_decay=0.5).train)
+    decay = train.make_optimizer(with_train(weight_decay=0.5).train, 3)
     updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -1e-2 * 0.5, rtol=1e-6)
     np.testing.assert_array_equal(updates["bias"], 0)
-    clip = train.make_optimizer(with_train(clip_norm=2.0).train)
+    clip = train.make_optimizer(with_train(clip_norm=2.0).train, 3)
     _, state = clip.update(jax.tree.map(lambda p: 30 * p, params), clip.init(params), params)
     # Adam's first moment is a tenth of the gradient, whose norm was 30 sqrt(6) and is 2.
     np.testing.assert_allclose(optax.tree.norm(optax.tree.get(state, "mu")), 0.2, rtol=1e-6)
@@ -196,10 +200,10 @@ def test_decay_moves_kernels_alone_and_long_gradients_are_clipped():
 
 def test_average_of_parameters_has_its_own_batch_statistics(placement):
     config = with_train(ema=0.5, schedule="cosine")
-    steps = train.make_steps(config, placement, steps_per_epoch=3)
+    steps = train.make_steps(config, placement, 3)
     loader, test = loaders(placement)
-    model = train.make_model(config.model, 3)
-    fresh = train.init_state(model, train.make_optimizer(config.train), 0, ema=0.5)
+    model = train.make_model(config.model, 3, placement)
+    fresh = train.init_state(model, train.make_optimizer(config.train, 3), 0, ema=0.5)
     trajectory, epochs = [], []
     for result in train.fit(config, steps, jax.device_put(fresh, placement.replicated), loader, test):
         if isinstance(result, train.EpochResult):
@@ -219,7 +223,7 @@ def test_average_of_parameters_has_its_own_batch_statistics(placement):
     order = shuffled(10, 0, 0)[:8]
     x = train.prepare(loader.split.images[order], jnp.float32)
     kernel, bias = (averaged["params"]["encoder1"]["conv1"][k] for k in ("kernel", "bias"))
-    a = np.maximum(np.asarray(conv(x, kernel, padding=1)) + bias, 0).reshape(2, -1, 4)
+    a = np.maximum(np.asarray(layers.convolution(x, kernel)) + bias, 0).reshape(2, -1, 4)
     norm = averaged["batch_stats"]["encoder1"]["norm1"]
     np.testing.assert_allclose(norm["mean"], a.mean(1).mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(norm["var"], a.var(1).mean(0), rtol=1e-3, atol=1e-6)
@@ -234,7 +238,7 @@ def test_average_of_parameters_has_its_own_batch_statistics(placement):
 def test_augmented_steps_are_of_the_seed_and_the_step(placement, steps):
     loader, _ = loaders(placement)
     batch = next(loader.train(0, 1))
-    strong = train.make_steps(with_train(augment="strong"), placement)
+    strong = train.make_steps(with_train(augment="strong"), placement, 3)
     losses = [float(s.train(fresh_state(CONFIG, placement), batch)[1]) for s in (strong, strong, steps)]
     assert losses[0] == losses[1] != losses[2]
     # The next step draws anew.
@@ -270,11 +274,12 @@ def test_a_loader_of_some_rows(placement, monkeypatch):
 
 
 @pytest.mark.parametrize("variant", PUBLISHED)
-def test_a_gpu_is_given_bfloat16_convolutions_and_none_of_the_cpu_forms(variant):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_gpu_is_given_plain_convolutions_and_none_of_the_cpus_forms(variant, dtype):
     """Lowered for CUDA, which needs no GPU: what XLA's compiler for it would be given."""
     config = default_config(variant, "oxford_iiit_pet")
-    model = train.make_model(dataclasses.replace(config.model, precision="bfloat16"), 3)
-    optimizer, loss_fn = train.make_optimizer(config.train), make_loss(config.train.loss)
+    model = UNet(config.model.downsampling, config.model.upsampling, dtype=jnp.dtype(dtype))
+    optimizer, loss_fn = train.make_optimizer(config.train, 3), make_loss(config.train.loss)
     step = partial(train.train_step, seed=0, model=model, optimizer=optimizer, loss_fn=loss_fn)
     state = jax.eval_shape(lambda: train.init_state(model, optimizer, 0))
     batch = Batch(np.zeros((2, 32, 32, 3), np.uint8), np.zeros((2, 32, 32), np.uint8), np.ones(2, np.float32))
@@ -283,5 +288,33 @@ def test_a_gpu_is_given_bfloat16_convolutions_and_none_of_the_cpu_forms(variant)
     # Forward, and two gradients of each but the first layer's, whose input needs none.
     kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
     assert len(convolutions) == 3 * kernels - 1
-    assert all("xbf16>" in line and "xf32>" not in line for line in convolutions)
-    assert not any("dot_general" in line or "stablehlo.while" in line for line in lines)
+    assert all({"bfloat16": "xbf16>", "float32": "xf32>"}[dtype] in line for line in convolutions)
+    assert dtype == "float32" or not any("xf32>" in line for line in convolutions)
+    forms = ("unet_jax_", "dot_general", "stablehlo.while")
+    assert not any(form in line for form in forms for line in lines)
+
+
+def test_the_layers_go_by_where_the_steps_are_placed(placement):
+    assert train.make_model(CONFIG.model, 3, placement).layers.__name__ == "unet_jax.cpu.layers"
+    two = placement._replace(devices=2)
+    assert train.make_model(CONFIG.model, 3, two).layers is layers
+
+
+def test_importing_the_package_changes_nothing_of_the_process():
+    code = """
+import logging, pkgutil, sys, importlib
+hook = sys.unraisablehook
+import unet_jax.model, unet_jax.losses
+assert not {"PIL", "matplotlib", "orbax", "tensorflow_datasets"} & set(sys.modules), "the model imports much"
+import absl.logging, asyncio, jax, orbax.checkpoint, tensorflow_datasets, matplotlib.pyplot
+levels = lambda: {name: logging.getLogger(name).level for name in sorted(logging.root.manager.loggerDict)}
+before = levels(), absl.logging.get_verbosity()
+import unet_jax
+for module in pkgutil.walk_packages(unet_jax.__path__, "unet_jax."):
+    importlib.import_module(module.name)
+assert sys.unraisablehook is hook
+after = levels()
+assert {name: after[name] for name in before[0]} == before[0] and absl.logging.get_verbosity() == before[1]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,16 +1,13 @@
 """Checkpoints of a run: the train state, and beside it in JSON how far it had come. The only place that knows orbax."""
 
 import functools
-import logging
 import os
-import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -19,18 +16,7 @@ from jax.sharding import NamedSharding
 from unet_jax.errors import STORAGE, InputError
 from unet_jax.train import TrainState
 
-absl.logging.set_verbosity(absl.logging.FATAL)  # orbax tells every step of a save, and what fails before raising it
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # where one read has failed, it tells of the others, abandoned
 DISK = [os.strerror(number) for number in STORAGE]
-
-
-def _report(unraisable: "sys.UnraisableHookArgs", before: Callable[..., object] = sys.unraisablehook) -> None:
-    # Writes abandoned likewise end when orbax has gone.
-    if str(unraisable.exc_value) != "Event loop is closed":
-        before(unraisable)
-
-
-sys.unraisablehook = _report
 
 
 class Progress(NamedTuple):

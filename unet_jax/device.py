@@ -1,9 +1,7 @@
 """What depends on the device: placement of arrays, precision, compiler options, memory, the compilation cache."""
 
-import ctypes
 import functools
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from unet_jax import layers
 from unet_jax.config import Precision
+from unet_jax.cpu.memory import keep_freed_memory
 from unet_jax.errors import InputError
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+from unet_jax.processes import quiet
 
 
 class Placement(NamedTuple):
@@ -26,11 +25,16 @@ class Placement(NamedTuple):
     batch: NamedSharding
     devices: int
 
+    @property
+    def platform(self) -> str:
+        """ "cpu", "gpu", "tpu", ..."""
+        device: jax.Device = next(iter(self.replicated.device_set))
+        return device.platform
+
     def fits(self, nbytes: int) -> bool:
         """Whether data of this size may stay on an accelerator: a third of its memory, the rest is for training."""
-        device = jax.local_devices()[0]
         # On the CPU the memory-mapped arrays are as near as a copy would be.
-        stats = None if device.platform == "cpu" else device.memory_stats()
+        stats = None if self.platform == "cpu" else jax.local_devices()[0].memory_stats()
         return stats is not None and nbytes < stats["bytes_limit"] / 3
 
     def check_batch(self, batch_size: int, examples: int, kept: int = 0) -> None:
@@ -72,22 +76,31 @@ def placement(devices: Sequence[jax.Device] | None = None) -> Placement:
     return Placement(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")), len(devices))
 
 
-def compute_dtype(precision: Precision) -> DTypeLike:
+def compute_dtype(precision: Precision, platform: str) -> DTypeLike:
     """The dtype that layers compute in: "auto" is bfloat16 where there are matrix units for it."""
     if precision == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.float32 if platform == "cpu" else jnp.bfloat16
     return jnp.dtype(precision)
 
 
+def fast_layers(placement: Placement) -> Any:
+    """The layers for a `UNet` that are the fastest there: `unet_jax.layers`, or on one CPU `unet_jax.cpu.layers`."""
+    if placement.platform != "cpu" or placement.devices > 1:  # XLA cannot split a call of the C++ among devices
+        return layers
+    from unet_jax.cpu import layers as cpu_layers
+
+    return cpu_layers
+
+
 @functools.cache
-def compiler_options(deterministic: bool = False) -> dict[str, str | bool]:
-    """Options for `jax.jit(..., compiler_options=)` on this backend; the CPU is deterministic as it is.
+def compiler_options(platform: str, deterministic: bool = False) -> dict[str, str | bool]:
+    """Options for `jax.jit(..., compiler_options=)` on a platform; the CPU is deterministic as it is.
 
     On the CPU, XLA's "YNN" fusion of convolutions doubles the time of this network's step, most of all in the
     kernel gradients; it is turned off where this jaxlib knows the option.
     """
-    if (backend := jax.default_backend()) != "cpu":
-        return {"xla_gpu_deterministic_ops": True} if deterministic and backend == "gpu" else {}
+    if platform != "cpu":
+        return {"xla_gpu_deterministic_ops": True} if deterministic and platform == "gpu" else {}
     options: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
@@ -97,7 +110,7 @@ def compiler_options(deterministic: bool = False) -> dict[str, str | bool]:
 
 
 def set_up(compilation_cache: Path | None) -> None:
-    """Settles what a process of ours wants of JAX and malloc; to be called before JAX's backend starts.
+    """Settles what a process of ours wants of JAX, memory and loggers; to be called before JAX's backend starts.
 
     Compiled programs are kept in the folder, unless JAX_COMPILATION_CACHE_DIR says where: a second start is quick.
     """
@@ -105,27 +118,7 @@ def set_up(compilation_cache: Path | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Lets a process keep the memory of a step on the CPU for the next one, where its C library is glibc.
-
-    A step's temporaries are one block. As it is, glibc takes each such block from the system and gives it back after
-    the step, and the system zeroes the pages of the next: a quarter of the time of a step of 8 x 128x128. Only the main
-    thread's heap can keep such blocks, so steps run there: dispatch is no longer asynchronous, which gained nothing
-    where a step takes all cores. What compiling a step took, up to 2 GB, goes back before the step runs.
-    """
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-    libc.mallopt(M_MMAP_MAX, 0)
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-    def give_back(event: str, duration_secs: float, **_: Any) -> None:
-        if event.endswith("/backend_compile_duration") and duration_secs > 1:
-            libc.malloc_trim(0)
-
-    jax.monitoring.register_event_duration_secs_listener(give_back)
+    quiet()
 
 
 def describe() -> str:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, export, lax
 
-from unet_jax import device, runs
+from unet_jax import device, layers, runs
 from unet_jax.config import RunConfig, to_dict
 from unet_jax.errors import InputError
 from unet_jax.predict import probabilities_step
@@ -34,7 +34,8 @@ def input_shape(config: RunConfig) -> str:
 
 def export_step(config: RunConfig, state: TrainState) -> export.Exported:
     """Class probabilities of uint8 pictures as a program for PLATFORMS, with the state inside."""
-    model = make_model(config.model, len(config.data.class_names))
+    # Any device is to run it, at any size: the plain layers.
+    model = make_model(config.model, len(config.data.class_names), device.placement()).clone(layers=layers)
 
     def step(images: Array) -> Array:
         # Behind the barrier weights are no constants to fold: rounding stays the checkpoint's, and compiling quick.

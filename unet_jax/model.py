@@ -4,7 +4,7 @@ Encoder blocks of widths[0], widths[1], ... with downsampling between them, deco
 [skip, upsampled]; then a 3x3 and a 1x1 convolution to the logits. Parameter names and shapes are stable.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,25 +12,24 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from unet_jax.batch_norm import BatchNorm, Scaled, value_of
+from unet_jax import layers as plain_layers
 from unet_jax.config import Downsampling, Upsampling, check_size
-from unet_jax.layers import Conv, TransposedConv, max_pool, resize_double
 
 
 class DoubleConv(nn.Module):
-    """(conv 3x3 -> ReLU -> batch norm) twice, then dropout: parts of [N, H, W, I] to [N, H, W, features]."""
+    """(conv 3x3 -> ReLU -> batch norm) twice, then dropout: [N, H, W, I] to [N, H, W, features]."""
 
     features: int
     dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
+    layers: Any = plain_layers
 
     @nn.compact
-    def __call__(self, parts: Sequence[Array | Scaled], train: bool) -> Array | Scaled:
+    def __call__(self, x: Array, train: bool) -> Array:
         for i in (1, 2):
-            x = Conv(self.features, dtype=self.dtype, name=f"conv{i}")(*parts)
-            y = BatchNorm(relu_first=True, name=f"norm{i}")(x, train)
-            parts = [y]
-        return nn.Dropout(self.dropout_rate, deterministic=not train)(value_of(y)) if self.dropout_rate else y
+            x = self.layers.Conv(self.features, dtype=self.dtype, name=f"conv{i}")(x)
+            x = self.layers.BatchNorm(name=f"norm{i}")(self.layers.relu(x), train)
+        return self.layers.Dropout(self.dropout_rate, deterministic=not train)(x)
 
 
 class Upsample(nn.Module):
@@ -39,15 +38,17 @@ class Upsample(nn.Module):
     features: int
     method: Upsampling
     dtype: DTypeLike = jnp.float32
+    layers: Any = plain_layers
 
     @nn.compact
-    def __call__(self, x: Array | Scaled, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool) -> Array:
         if self.method == "transposed_conv":
-            return TransposedConv(self.features, dtype=self.dtype, name="conv")(x)
+            return self.layers.TransposedConv(self.features, dtype=self.dtype, name="conv")(x)
         # The reference resizes first. The 1x1 conv commutes with the resize (whose weights sum to 1 at each output
         # pixel, so the bias passes too) and costs a quarter before it.
-        x = resize_double(Conv(self.features, kernel_size=1, dtype=self.dtype, name="conv")(x))
-        return nn.relu(value_of(BatchNorm(name="norm")(x, train)))
+        x = self.layers.Conv(self.features, kernel_size=1, dtype=self.dtype, name="conv")(x)
+        x = self.layers.BatchNorm(name="norm")(self.layers.resize_double(x), train)
+        return self.layers.relu(x)
 
 
 class UNet(nn.Module):
@@ -55,7 +56,8 @@ class UNet(nn.Module):
 
     Dropout draws from the "dropout" key when `train`; batch norm's running statistics are in "batch_stats". `dtype` is
     what the layers compute in; parameters and statistics are float32. `remat` has the gradient compute each block's
-    inner activations again (Chen et al. 2016, arXiv:1604.06174).
+    inner activations again (Chen et al. 2016, arXiv:1604.06174). `layers` has the names of `unet_jax.layers`, which are
+    its default: change a layer by a namespace of your own. `train.make_model` chooses what is fast on the device.
 
     Raises:
       InputError: height or width is not a multiple of 2^(levels-1).
@@ -68,26 +70,27 @@ class UNet(nn.Module):
     dropout_rate: float = 0.3
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    layers: Any = plain_layers
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
         check_size(images.shape[1], images.shape[2], len(self.widths))
         block = nn.remat(DoubleConv, static_argnums=(2,)) if self.remat else DoubleConv
-        x: Array | Scaled = images
-        skips, levels = [], len(self.widths)
+        common: dict[str, Any] = {"dtype": self.dtype, "layers": self.layers}
+        x, skips, levels = images, [], len(self.widths)
         for i, width in enumerate(self.widths):
             # Dropout in the two deepest blocks of the encoder, as in the reproduced runs.
             rate = self.dropout_rate if i >= levels - 2 else 0.0
-            x = block(width, rate, dtype=self.dtype, name=f"encoder{i + 1}")([x], train)
+            x = block(width, rate, **common, name=f"encoder{i + 1}")(x, train)
             if i < levels - 1:
                 skips.append(x)
                 if self.downsampling == "max_pool":
-                    x = max_pool(value_of(x))
+                    x = self.layers.max_pool(x)
                 else:
-                    x = Conv(width, strides=2, dtype=self.dtype, name=f"down{i + 1}")(x)
+                    x = self.layers.Conv(width, strides=2, dtype=self.dtype, name=f"down{i + 1}")(x)
         for i, (width, skip) in reversed(list(enumerate(zip(self.widths[:-1], skips, strict=True)))):
-            x = Upsample(width, self.upsampling, dtype=self.dtype, name=f"up{i + 1}")(x, train)
-            x = block(width, dtype=self.dtype, name=f"decoder{i + 1}")([skip, x], train)
-        x = Conv(self.widths[0], dtype=self.dtype, name="head")(x)
-        logits = Conv(self.num_classes, kernel_size=1, dtype=self.dtype, name="logits")(x)
+            x = Upsample(width, self.upsampling, **common, name=f"up{i + 1}")(x, train)
+            x = block(width, **common, name=f"decoder{i + 1}")(self.layers.join([skip, x]), train)
+        x = self.layers.Conv(self.widths[0], dtype=self.dtype, name="head")(x)
+        logits = self.layers.Conv(self.num_classes, kernel_size=1, dtype=self.dtype, name="logits")(x)
         return logits.astype(np.promote_types(self.dtype, np.float32))

@@ -140,12 +140,12 @@ def load(run: str | Path, tile_size: int | None = None) -> Predictor:
     if tile_size % UNIT or tile_size < 3 * margin:
         least = -(-3 * margin // UNIT) * UNIT
         raise InputError(f"tiles of {tile_size}: this network needs a multiple of {UNIT} that is {least} or more")
-    step = partial(probabilities_step, model=make_model(config.model, len(config.data.class_names)))
+    step = partial(probabilities_step, model=make_model(config.model, len(config.data.class_names), placement))
     forward = jax.jit(
         step,
         in_shardings=(placement.replicated, placement.batch),
         out_shardings=placement.batch,
-        compiler_options=device.compiler_options(),
+        compiler_options=device.compiler_options(placement.platform),
     )
     return Predictor(config, restored._replace(state=inference_state(restored.state)), placement, tile_size, forward)
 

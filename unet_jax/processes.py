@@ -1,6 +1,7 @@
-"""Many processes that make one run: how one joins, notices that it is to stop, and leaves."""
+"""Processes that make a run, one or many: how one joins, is quiet, notices that it is to stop, and leaves."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -8,8 +9,9 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import absl.logging
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -17,6 +19,19 @@ from jax.experimental import multihost_utils
 from unet_jax.errors import InputError
 
 SIGTERM_STATUS = 128 + signal.SIGTERM
+
+
+def quiet() -> None:
+    """Has a process of ours leave out what orbax tells of each step, and of what it abandoned where one read failed."""
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+    def report(unraisable: "sys.UnraisableHookArgs", before: Callable[..., object] = sys.unraisablehook) -> None:
+        # Writes that were abandoned end when orbax has gone.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = report
 
 
 def join(coordinator: str | None, processes: int | None, process_id: int | None) -> None:

@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from unet_jax import cpu_convs
 from unet_jax.checkpoint import Restored, exists, restore
 from unet_jax.config import RunConfig, from_dict
-from unet_jax.device import Placement, describe
+from unet_jax.device import Placement, describe, fast_layers, placement
 from unet_jax.errors import InputError
 from unet_jax.train import TrainState, init_state, make_model, make_optimizer
 
@@ -76,7 +75,7 @@ def environment() -> dict[str, Any]:
         "device": describe().removeprefix("device: "),
         "backend": jax.default_backend(),
         "devices": jax.device_count(),
-        "cpu_convs": cpu_convs.is_available(),
+        "layers": fast_layers(placement()).__name__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
@@ -113,13 +112,14 @@ def load(folder: Path, placement: Placement, config: RunConfig | None = None) ->
 
 def restored(config: RunConfig, checkpoints: Path, placement: Placement) -> Restored:
     """The newest sound checkpoint in the folder `checkpoints` of a run of this config; InputError if there is none."""
-    return restore(checkpoints, jax.eval_shape(partial(fresh_state, config)), placement.replicated)
+    return restore(checkpoints, jax.eval_shape(partial(fresh_state, config, placement)), placement.replicated)
 
 
-def fresh_state(config: RunConfig) -> TrainState:
+def fresh_state(config: RunConfig, placement: Placement) -> TrainState:
     """The train state at step 0, of initial weights."""
-    model, train = make_model(config.model, len(config.data.class_names)), config.train
-    return init_state(model, make_optimizer(train), train.seed, ema=train.ema)
+    model, train = make_model(config.model, len(config.data.class_names), placement), config.train
+    optimizer = make_optimizer(train, steps_per_epoch=1)  # its state is the same for any
+    return init_state(model, optimizer, train.seed, ema=train.ema)
 
 
 def is_finished(folder: Path, epochs: int) -> bool:

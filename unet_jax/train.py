@@ -15,10 +15,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from unet_jax.augment import augment
-from unet_jax.batch_norm import BatchNorm
 from unet_jax.config import Augment, ModelConfig, RunConfig, TrainConfig
 from unet_jax.data.batches import Batch, Loader
-from unet_jax.device import Placement, compiler_options, compute_dtype
+from unet_jax.device import Placement, compiler_options, compute_dtype, fast_layers
+from unet_jax.layers import BatchNorm
 from unet_jax.losses import Loss, make_loss
 from unet_jax.metrics import PictureSums, picture_sums, scores
 from unet_jax.model import UNet
@@ -40,16 +40,17 @@ class TrainState(NamedTuple):
     averaged: dict[str, Any] | None = None
 
 
-def make_model(config: ModelConfig, num_classes: int) -> UNet:
-    """The network of a config, computing in its precision on this backend."""
+def make_model(config: ModelConfig, num_classes: int, placement: Placement) -> UNet:
+    """The network of a config, in its precision and with the layers that are fast where it is placed."""
     return UNet(
         downsampling=config.downsampling,
         upsampling=config.upsampling,
         widths=config.widths,
         num_classes=num_classes,
         dropout_rate=config.dropout_rate,
-        dtype=compute_dtype(config.precision),
+        dtype=compute_dtype(config.precision, placement.platform),
         remat=config.remat,
+        layers=fast_layers(placement),
     )
 
 
@@ -61,7 +62,7 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> float | optax.Sc
     return optax.warmup_constant_schedule(0.0, peak, warmup) if warmup else peak
 
 
-def make_optimizer(config: TrainConfig, steps_per_epoch: int = 1) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
     """Adam as in the reproduced runs, or AdamW; the shape of its state does not depend on `steps_per_epoch`."""
     rate = make_schedule(config, steps_per_epoch)
     adam = optax.adam(rate)
@@ -193,16 +194,22 @@ class Steps(NamedTuple):
     predict: Callable[[TrainState, ArrayLike], Array]
 
 
-def make_steps(config: RunConfig, placement: Placement, deterministic: bool = False, steps_per_epoch: int = 1) -> Steps:
+def make_steps(
+    config: RunConfig,
+    placement: Placement,
+    steps_per_epoch: int,
+    deterministic: bool = False,
+    model: UNet | None = None,
+) -> Steps:
     """Jits the steps of a run: state replicated, batch split over the devices, loss and statistics over all of it.
 
-    Training with a schedule or a warm-up needs the right `steps_per_epoch`, len(train).
+    `steps_per_epoch` is len(train), which schedules and warm-up count by. `model` is by default that of `make_model`.
     """
-    model = make_model(config.model, len(config.data.class_names))
+    model = model or make_model(config.model, len(config.data.class_names), placement)
     optimizer = make_optimizer(config.train, steps_per_epoch)
     loss_fn = make_loss(config.train.loss, config.train.class_weights)
     whole, split = placement.replicated, placement.batch
-    jit = partial(jax.jit, out_shardings=whole, compiler_options=compiler_options(deterministic))
+    jit = partial(jax.jit, out_shardings=whole, compiler_options=compiler_options(placement.platform, deterministic))
     step = partial(
         train_step,
         seed=config.train.seed,

@@ -30,11 +30,6 @@ class Split(NamedTuple):
     names: list[str]
 
 
-def default_cache_dir() -> Path:
-    """The package's folder under the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet_jax"
-
-
 def resize(example: Example, size: int) -> Example:
     """The example at size x size: picture antialiased bilinear, labels nearest, so that no class is invented."""
     if example.labels.shape == (size, size):

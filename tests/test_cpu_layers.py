@@ -1,4 +1,4 @@
-"""The convolutions in C++ against their textbook forms: values to 1e-5, gradients to 1e-4."""
+"""The CPU's layers against their namesakes and linen's: values to 1e-5, gradients to 1e-4."""
 
 import logging
 import os
@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from test_layers import apply_params, assert_same, normal
 
-from unet_jax import cpu_convs
-from unet_jax.batch_norm import scaled
-from unet_jax.layers import Conv, TransposedConv
+from unet_jax import layers
+from unet_jax.cpu import convs, library
+from unet_jax.cpu import layers as cpu_layers
+from unet_jax.cpu.layers import BatchNorm, Conv, TransposedConv, max_pool, relu, resize_double
+from unet_jax.cpu.lazy import as_array, scaled
 from unet_jax.model import UNet
 
 ON_ONE_CPU = jax.default_backend() == "cpu" and jax.device_count() == 1
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.skipif(not (ON_ONE_CPU and HAS_COMPILER), reason="no C+
 
 
 def test_the_code_compiles_and_loads():
-    assert cpu_convs.is_available()
+    assert library.is_available()
 
 
 def calls(f, *args) -> int:
@@ -42,7 +44,7 @@ def conv_params(features: int, out: int) -> dict[str, np.ndarray]:
 @pytest.fixture(params=[2, 4])
 def tile(request, monkeypatch):
     """m of F(m x m, 3x3), both in turn."""
-    monkeypatch.setattr(cpu_convs, "_tile", lambda *_: np.int64(request.param))
+    monkeypatch.setattr(convs, "_tile", lambda *_: np.int64(request.param))
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 6), (3, 5, 7), (2, 1, 1), (1, 15, 2), (6, 13, 30)])
@@ -67,7 +69,7 @@ def test_conv_of_parts_and_scaled_ones_is_of_their_values_side_by_side(relu_firs
     def ours(params, first, *second):
         part = scaled(*second, relu_first=relu_first)
         # Used twice: the gradient is of both.
-        return Conv(32).apply({"params": params}, first, part) + part.value()[..., :1]
+        return Conv(32).apply({"params": params}, cpu_layers.join([first, part])) + part.value()[..., :1]
 
     def textbook(params, first, x, gain, shift):
         value = (nn.relu(x) if relu_first else x) * gain[None, None, None] + shift[None, None, None]
@@ -114,7 +116,7 @@ def test_stride_2_of_an_odd_side_is_left_to_xla():
 
 def test_parts_of_different_sizes_are_refused():
     with pytest.raises(TypeError, match="concatenate"):
-        Conv(16).apply({"params": conv_params(32, 16)}, normal(2, 4, 4, 16), normal(1, 4, 4, 16))
+        cpu_layers.join([normal(2, 4, 4, 16), normal(1, 4, 4, 16)])
 
 
 @pytest.mark.parametrize("relu_first", [True, False])
@@ -136,37 +138,110 @@ def test_vmap_is_one_by_one():
 @pytest.mark.parametrize("downsampling", ["max_pool", "strided_conv"])
 @pytest.mark.parametrize("upsampling", ["transposed_conv", "resize"])
 @pytest.mark.parametrize("remat", [False, True])
-def test_the_network_is_that_of_xlas_convolutions(downsampling, upsampling, remat, monkeypatch):
+def test_the_network_is_that_of_the_plain_layers(downsampling, upsampling, remat):
     model = UNet(downsampling, upsampling, widths=(16, 32, 48), dropout_rate=0, remat=remat)
     x, target = normal(2, 12, 20, 3), normal(2, 12, 20, 3, seed=1)
     variables = jax.jit(model.init)(jax.random.key(0), x)
 
-    def loss(params, train):
-        y = model.apply({**variables, "params": params}, x, train=train, mutable=["batch_stats"] if train else False)
-        return (jnp.square((y[0] if train else y) - target)).mean()
+    def both(params, model):
+        def loss(params, train):
+            y = model.apply(
+                {**variables, "params": params}, x, train=train, mutable=["batch_stats"] if train else False
+            )
+            y, updated = y if train else (y, {})
+            return jnp.square(y - target).mean(), updated
 
-    def both(params):
-        return [jax.value_and_grad(partial(loss, train=train))(params) for train in (False, True)]
+        return [jax.value_and_grad(partial(loss, train=train), has_aux=True)(params) for train in (False, True)]
 
-    assert calls(both, variables["params"]) > 20
-    ours = jax.jit(both)(variables["params"])
-    monkeypatch.setattr(cpu_convs, "suit", lambda *_: False)
-    expected = jax.jit(lambda params: both(params))(variables["params"])
-    chex.assert_trees_all_close(ours, expected, atol=1e-4, rtol=1e-4)
+    ours = partial(both, model=model.clone(layers=cpu_layers))
+    assert calls(ours, variables["params"]) > 20
+    expected = jax.jit(partial(both, model=model))(variables["params"])
+    chex.assert_trees_all_close(jax.jit(ours)(variables["params"]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_of_lazy_arrays_is_linens():
+    model = UNet(widths=(16, 16), dropout_rate=0.5)
+    x, key = normal(1, 8, 8, 3), jax.random.key(1, impl="unsafe_rbg")
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(model):
+        return model.apply(variables, x, True, rngs={"dropout": key}, mutable=["batch_stats"])[0]
+
+    dropped = run(model.clone(layers=cpu_layers))
+    np.testing.assert_allclose(dropped, run(model), atol=1e-5)
+    assert np.abs(dropped - run(model.clone(dropout_rate=0.0))).max() > 1e-2
+
+
+@pytest.mark.parametrize("relu_first", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_batch_norm_is_its_namesake(relu_first, train):
+    x = 2 * normal(4, 3, 5, 3) + np.array([1, 0, -0.5], np.float32)
+    x[0, 0] = 0  # exactly on ReLU's corner
+    params = {"scale": normal(3), "bias": normal(3, seed=1)}
+    stats = {"mean": normal(3, seed=2), "var": np.array([0.5, 2, 1e-5], np.float32)}
+
+    def output(norm, rectify, params, x):
+        variables = {"params": params, "batch_stats": stats}
+        return norm.apply(variables, rectify(x) if relu_first else x, train, mutable=["batch_stats"])
+
+    ours, plain = partial(output, BatchNorm(), relu), partial(output, layers.BatchNorm(), layers.relu)
+    assert_same(lambda *args: as_array(ours(*args)[0]), lambda *args: plain(*args)[0], params, x)
+    chex.assert_trees_all_close(jax.jit(ours)(params, x)[1], jax.jit(plain)(params, x)[1], atol=1e-6, rtol=1e-5)
+
+
+def test_batch_norm_of_a_dead_channel_gives_no_gradient():
+    x = np.stack([-np.abs(normal(2, 3, 4)), normal(2, 3, 4)], -1)
+    variables = jax.jit(lambda: BatchNorm().init(jax.random.key(0), x, True))()
+    norm = lambda x: as_array(BatchNorm().apply(variables, relu(x), True, mutable=["batch_stats"])[0])  # noqa: E731
+    dx = jax.jit(jax.grad(lambda x: (norm(x) * normal(2, 3, 4, 2, seed=1)).sum()))(x)
+    np.testing.assert_array_equal(dx[..., 0], np.zeros(x.shape[:3]))
+    assert np.abs(dx[..., 1]).max() > 0.01
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (2, 5, 7, 3)])
+def test_max_pool_is_its_namesake_with_ties_and_odd_sizes(shape):
+    ties = np.random.default_rng(0).integers(0, 2, shape).astype(np.float32)
+    assert_same(max_pool, layers.max_pool, ties)
+    assert_same(max_pool, layers.max_pool, normal(*shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 3), (1, 1, 2, 3), (1, 1, 1, 3)])
+def test_resize_double_is_its_namesake(shape):
+    assert_same(resize_double, layers.resize_double, normal(*shape))
+
+
+def test_gradients_of_gradients_are_the_plain_layers_or_refused():
+    x = normal(1, 4, 4, 3)
+
+    def penalty(model):
+        params = UNet(widths=model.widths, dropout_rate=0).init(jax.random.key(0), x)
+
+        def of_gradient(params):
+            logits = lambda x: model.apply(params, x, True, mutable=["batch_stats"])[0]  # noqa: E731
+            return jnp.square(jax.grad(lambda x: jnp.square(logits(x)).sum())(x)).sum()
+
+        return jax.jit(jax.grad(of_gradient))(params)["params"]
+
+    narrow = UNet(widths=(4, 8), dropout_rate=0)  # too few features for the C++
+    chex.assert_trees_all_close(penalty(narrow.clone(layers=cpu_layers)), penalty(narrow), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="FFI"):
+        penalty(UNet(widths=(16, 32), dropout_rate=0, layers=cpu_layers))
 
 
 def test_float64_switched_on_does_no_harm():
     code = """
 import jax, jax.numpy as jnp
+from unet_jax.cpu import layers
+from unet_jax.cpu.library import is_available
 from unet_jax.model import UNet
-from unet_jax.cpu_convs import is_available
-model = UNet("strided_conv", widths=(16, 32))
+model = UNet("strided_conv", widths=(16, 32), layers=layers)
 x = jnp.ones((1, 8, 8, 3), jnp.float32)
 variables = model.init(jax.random.key(0), x)
 assert is_available() and model.apply(variables, x).dtype == jnp.float32
-single = jax.tree.map(lambda a: a.astype(jnp.float32), variables)
-loss = lambda params: model.apply({**single, "params": params}, x).sum()
-assert jnp.isfinite(jax.grad(loss)(single["params"])["head"]["kernel"]).all()
+assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+loss = lambda params: model.apply({**variables, "params": params}, x).sum()
+assert jnp.isfinite(jax.grad(loss)(variables["params"])["head"]["kernel"]).all()
 """
     done = run_python(code, JAX_ENABLE_X64="1")
     assert done.returncode == 0, done.stderr
@@ -208,12 +283,12 @@ def test_what_the_code_is_not_for_is_left_to_xla(n, features, out, dtype):
 
 WITH_OTHER_FLAGS = """
 import sys
-from unet_jax import cpu_convs
+from unet_jax.cpu import convs, library
 sys.path.insert(0, "TESTS")
-import test_cpu_convs as tests
-assert cpu_convs.is_available()
+import test_cpu_layers as tests
+assert library.is_available()
 for m in (2, 4):
-    cpu_convs._tile = lambda *_: tests.np.int64(m)
+    convs._tile = lambda *_: tests.np.int64(m)
     tests.test_conv_is_linens((3, 13, 30), 16, 112, None)
     tests.test_conv_whose_sums_a_cache_does_not_hold_is_linens(None)
 tests.test_conv_of_stride_2_is_linens((2, 8, 6), 48, 32)
@@ -248,16 +323,45 @@ def test_without_a_compiler_a_warning_says_so_and_xla_does_the_work(name, flags,
     monkeypatch.setenv("CXX", name)
     monkeypatch.setenv("UNET_JAX_CXXFLAGS", flags)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu_convs, "is_available", cpu_convs.is_available.__wrapped__)
+    monkeypatch.setattr(convs, "is_available", library.is_available.__wrapped__)
     with caplog.at_level(logging.WARNING):
         assert calls(apply_params(Conv(16)), conv_params(16, 16), normal(1, 4, 4, 16)) == 0
     assert "C++ compiler" in caplog.text
     assert not list(tmp_path.rglob("*.so"))
 
 
+LOADS = "from unet_jax.cpu import library; assert library.is_available()"
+
+
 def test_processes_compile_at_once_and_leave_one_whole_library(tmp_path):
-    code = "from unet_jax import cpu_convs; assert cpu_convs.is_available()"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "UNET_JAX_CXXFLAGS": "-O0"}
-    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    processes = [subprocess.Popen([sys.executable, "-c", LOADS], env=environment) for _ in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    assert [path.suffix for path in (tmp_path / "unet_jax").iterdir()] == [".so"]
+    folder = tmp_path / "unet_jax" / "cpu"
+    assert sorted(path.suffix for path in folder.iterdir()) == [".sha256", ".so"]
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+    # One that was cut off, or emptied, is made anew; one that others may write, or their folder, is not loaded.
+    (made,) = folder.glob("*.so")
+    for size in (made.stat().st_size // 2, 0):
+        os.truncate(made, size)
+        assert run_python(LOADS, **environment).returncode == 0
+        assert made.stat().st_size > 10_000
+    for path in (made, folder):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o020)
+        refused = run_python("from unet_jax.cpu import library; assert not library.is_available()", **environment)
+        assert refused.returncode == 0, refused.stderr
+        assert f"{path} belongs to another user, or others may write it" in refused.stderr
+        path.chmod(mode)
+
+
+def test_a_compiler_that_never_ends_is_given_up(monkeypatch, caplog, tmp_path):
+    slow = tmp_path / "c++"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "SECONDS", 0.2)
+    assert not library.is_available.__wrapped__()
+    assert "timed out" in caplog.text

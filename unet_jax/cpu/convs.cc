@@ -1,4 +1,4 @@
-// The network's 3x3 convolutions and their gradients in float32 on a CPU, as custom calls of XLA (see cpu_convs.py).
+// The network's 3x3 convolutions and their gradients in float32 on a CPU, as custom calls of XLA (see convs.py).
 //
 // Those of stride 1 go by Winograd's F(m x m, 3x3) (Lavin and Gray 2016, arXiv:1509.09308): overlapping tiles of m + 2
 // squared of the picture and the kernel are transformed, multiplied over the features, and transformed back to m x m
@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -58,6 +59,7 @@ class Buffer {
   float* of(int64_t count) {
     if (count > size_) {
       memory_.reset(static_cast<float*>(std::aligned_alloc(64, (count + 15) / 16 * 64)));
+      if (!memory_) throw std::bad_alloc();
       size_ = count;
     }
     return memory_.get();
@@ -76,15 +78,21 @@ template <typename Item>
 void parallel(ffi::ThreadPool& pool, int64_t count, const Item& item) {
   struct Progress {
     std::atomic<int64_t> begun{0}, done{0};
+    std::atomic<bool> failed{false};
   };
   auto progress = std::make_shared<Progress>();
   auto work = [progress, count, &item] {
-    for (int64_t i; (i = progress->begun.fetch_add(1)) < count; progress->done.fetch_add(1)) item(i);
+    for (int64_t i; (i = progress->begun.fetch_add(1)) < count; progress->done.fetch_add(1)) try {
+        item(i);
+      } catch (const std::bad_alloc&) {
+        progress->failed = true;
+      }
   };
   int64_t threads = std::min(pool.num_threads(), count);
   for (int64_t helper = 1; helper < threads; helper++) pool.Schedule(decltype(work)(work));
   work();
   while (progress->done.load() < count) std::this_thread::yield();
+  if (progress->failed) throw std::bad_alloc();
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -572,31 +580,42 @@ std::vector<Output> all_outputs(ffi::RemainingRets& rets) {
   return outputs;
 }
 
+template <typename Run>
+ffi::Error checked(const Run& run) {
+  try {
+    run();
+    return ffi::Error::Success();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a convolution");
+  }
+}
+
 ffi::Error same_conv(ffi::ThreadPool pool, Flags relu, int64_t m, bool turned, ffi::RemainingArgs args,
                      ffi::RemainingRets rets) {
   auto run = m == 4 ? convolve<4> : convolve<2>;
   Array kernel = after_parts(args, relu, 0), bias = after_parts(args, relu, 1);
-  run(pool, all_parts(args, relu), kernel.typed_data(), turned, optional(bias), all_outputs(rets));
-  return ffi::Error::Success();
+  return checked(
+      [&] { run(pool, all_parts(args, relu), kernel.typed_data(), turned, optional(bias), all_outputs(rets)); });
 }
 
 ffi::Error same_kernel_gradient(ffi::ThreadPool pool, Flags relu, int64_t m, ffi::RemainingArgs args,
                                 ffi::RemainingRets rets) {
   auto run = m == 4 ? kernel_gradient<4> : kernel_gradient<2>;
-  run(pool, all_parts(args, relu), pictures(after_parts(args, relu, 0)), (**rets.get<Array>(0)).typed_data());
-  return ffi::Error::Success();
+  return checked([&] {
+    run(pool, all_parts(args, relu), pictures(after_parts(args, relu, 0)), (**rets.get<Array>(0)).typed_data());
+  });
 }
 
 ffi::Error transposed_conv(ffi::ThreadPool pool, Flags relu, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Array kernel = after_parts(args, relu, 0), bias = after_parts(args, relu, 1), y = **rets.get<Array>(0);
-  doubling(pool, all_parts(args, relu)[0], kernel.typed_data(), optional(bias), y.typed_data(), y.dimensions()[3]);
-  return ffi::Error::Success();
+  return checked([&] {
+    doubling(pool, all_parts(args, relu)[0], kernel.typed_data(), optional(bias), y.typed_data(), y.dimensions()[3]);
+  });
 }
 
 ffi::Error halving_kernel_gradient(ffi::ThreadPool pool, Flags relu, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Parts parts = all_parts(args, relu);
-  gradient_of_halving(pool, parts[0], parts[1], (**rets.get<Array>(0)).typed_data());
-  return ffi::Error::Success();
+  return checked([&] { gradient_of_halving(pool, parts[0], parts[1], (**rets.get<Array>(0)).typed_data()); });
 }
 
 auto binding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<Flags>("relu"); }

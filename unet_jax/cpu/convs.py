@@ -1,0 +1,132 @@
+"""The 3x3 convolutions on a CPU and their gradients, in C++ (convs.cc).
+
+XLA's own reach two thirds of what a CPU can multiply, their kernel gradients a third. The C++ reads lazy arrays as they
+are: parts that are concatenated along the channels, each maybe a `Scaled`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from unet_jax.cpu.lazy import Joined, Lazy, Scaled, as_array
+from unet_jax.cpu.library import is_available
+from unet_jax.cpu.sums import channel_sum
+from unet_jax.layers import convolution
+
+LANES = 16  # every number of features is a multiple of it
+NONE = np.zeros(0, np.float32)  # stands for a gain, a shift or a bias that is not there
+Part = Array | Scaled
+
+
+def suits(x: Array | Lazy, kernel: Array, strides: int = 1) -> bool:
+    """Whether the C++ computes it: all float32, features by 16, sizes known and not 0, and even for a stride of 2."""
+    parts = _parts(x)
+    arrays = [array for part in parts for array in _opened(part)] + [kernel]
+    counts = [part.shape[-1] for part in parts] + [*kernel.shape[2:]]
+    return (
+        all(array.dtype == np.float32 for array in arrays)
+        and all(count % LANES == 0 for count in counts)
+        and all(isinstance(side, int) and side > 0 for side in x.shape)  # in jax.export it may have symbols
+        and (strides == 1 or (len(parts) == 1 and x.shape[1] % strides == x.shape[2] % strides == 0))
+        and is_available()
+    )
+
+
+def _parts(x: Array | Lazy) -> tuple[Part, ...]:
+    parts = x.parts if isinstance(x, Joined) else (x,)
+    return tuple(part if isinstance(part, Scaled) else as_array(part) for part in parts)
+
+
+def _opened(part: Part) -> tuple[Array | np.ndarray, ...]:
+    return (part.x, part.gain, part.shift) if isinstance(part, Scaled) else (part, NONE, NONE)
+
+
+def _call(
+    name: str, shapes: Sequence[Sequence[int]], parts: Sequence[Part], *others: Array | np.ndarray, **options: Any
+) -> Any:
+    arrays = [array for part in parts for array in _opened(part)]
+    relu = np.array([isinstance(part, Scaled) and part.relu_first for part in parts], np.int64)
+    results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    call = jax.ffi.ffi_call(f"unet_jax_{name}", results, vmap_method="sequential")
+    return call(*arrays, *others, relu=relu, **options)
+
+
+def _tile(x: Part, kernel: Array) -> np.int64:
+    """m of Winograd's F(m x m, 3x3): the larger one if there are tiles enough to outweigh its larger kernels.
+
+    Measured (LOG.md): 4 tiles >= sqrt(I O).
+    """
+    n, h, w, _ = x.shape
+    return np.int64(4 if 16 * (n * -(-h // 4) * -(-w // 4)) ** 2 >= kernel.shape[2] * kernel.shape[3] else 2)
+
+
+def _to_part(part: Part, to_value: Array) -> Part:
+    return jax.vjp(as_array, part)[1](to_value)[0]
+
+
+def same_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
+    """3x3 convolution of stride 1 of x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O], plus bias [O]."""
+    return _same_conv(_parts(x), kernel, bias)
+
+
+def halving_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
+    """3x3 convolution of stride 2 of x [N, 2H, 2W, I] with kernel [3, 3, I, O] to [N, H, W, O], plus bias [O]."""
+    return _halving_conv(*_parts(x), kernel, bias)
+
+
+def transposed_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
+    """That of `layers.TransposedConv`: x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O], plus bias [O]."""
+    return _transposed_conv(*_parts(x), kernel, bias)
+
+
+@jax.custom_vjp
+def _same_conv(parts: tuple[Part, ...], kernel: Array, bias: Array) -> Array:
+    shape = (*parts[0].shape[:3], len(bias))
+    return _call("same_conv", [shape], parts, kernel, bias, m=_tile(parts[0], kernel), turned=False)[0]
+
+
+def _same_conv_bwd(residuals: tuple[tuple[Part, ...], Array], g: Array) -> tuple[tuple[Part, ...], Array, Array]:
+    parts, kernel = residuals
+    m = _tile(g, kernel)
+    to_values = _call("same_conv", [part.shape for part in parts], [g], kernel, NONE, m=m, turned=True)
+    to_kernel = _call("same_kernel_gradient", [kernel.shape], parts, g, m=m)[0]
+    return tuple(map(_to_part, parts, to_values)), to_kernel, channel_sum(g)
+
+
+_same_conv.defvjp(lambda parts, kernel, bias: (_same_conv(parts, kernel, bias), (parts, kernel)), _same_conv_bwd)
+
+
+def _double(x: Part, kernel: Array, bias: Array | np.ndarray) -> Array:
+    n, h, w, _ = x.shape
+    return _call("transposed_conv", [(n, 2 * h, 2 * w, kernel.shape[2])], [x], kernel, bias)[0]
+
+
+@jax.custom_vjp
+def _halving_conv(x: Part, kernel: Array, bias: Array) -> Array:
+    return convolution(as_array(x), kernel, 2) + bias[None, None, None]  # of these XLA's own is the fastest
+
+
+def _halving_conv_bwd(residuals: tuple[Part, Array], g: Array) -> tuple[Part, Array, Array]:
+    x, kernel = residuals
+    to_kernel = _call("halving_kernel_gradient", [kernel.shape], [x, g])[0]
+    return _to_part(x, _double(g, kernel, NONE)), to_kernel, channel_sum(g)
+
+
+_halving_conv.defvjp(lambda x, kernel, bias: (_halving_conv(x, kernel, bias), (x, kernel)), _halving_conv_bwd)
+
+
+@jax.custom_vjp
+def _transposed_conv(x: Part, kernel: Array, bias: Array) -> Array:
+    return _double(x, kernel, bias)
+
+
+def _transposed_conv_bwd(residuals: tuple[Part, Array], g: Array) -> tuple[Part, Array, Array]:
+    x, kernel = residuals
+    to_kernel = _call("halving_kernel_gradient", [kernel.shape], [g, x])[0]
+    return _to_part(x, convolution(g, kernel, 2)), to_kernel, channel_sum(g)
+
+
+_transposed_conv.defvjp(lambda x, kernel, bias: (_double(x, kernel, bias), (x, kernel)), _transposed_conv_bwd)

@@ -1,0 +1,124 @@
+"""Arrays that are computed where they are used: the outputs of ReLU, batch norm and concatenation.
+
+`convs` reads them as they are and never writes them as a whole; for all others `as_array` computes them.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from unet_jax.cpu.sums import channel_sum
+from unet_jax.layers import wide_dtype
+
+
+class Lazy:
+    """What the lazy arrays share: shape and dtype, and that jnp's functions take them."""
+
+    shape: Any
+    dtype: Any
+
+    def value(self) -> Array:
+        """The array that it stands for."""
+        raise NotImplementedError
+
+    def __jax_array__(self) -> Array:
+        return self.value()
+
+
+def as_array(x: Array | Lazy) -> Array:
+    """The array that x stands for."""
+    return x.value() if isinstance(x, Lazy) else x
+
+
+@flax.struct.dataclass
+class Rectified(Lazy):
+    """max(x, 0)."""
+
+    x: Array
+    shape = property(lambda self: self.x.shape)
+    dtype = property(lambda self: self.x.dtype)
+
+    def value(self) -> Array:
+        """The array."""
+        return jax.nn.relu(self.x)
+
+
+@flax.struct.dataclass
+class Joined(Lazy):
+    """Parts [N, H, W, C1], [N, H, W, C2], ..., concatenated along the channels."""
+
+    parts: "tuple[Array | Scaled, ...]"
+    shape = property(lambda self: (*self.parts[0].shape[:3], sum(part.shape[-1] for part in self.parts)))
+    dtype = property(lambda self: self.parts[0].dtype)
+
+    def value(self) -> Array:
+        """The array."""
+        return jnp.concatenate([as_array(part) for part in self.parts], -1)
+
+
+@flax.struct.dataclass
+class Scaled(Lazy):
+    """x * gain + shift of x [N, H, W, C], or of max(x, 0) if `relu_first`, with gain and shift [C]: [N, H, W, C].
+
+    The output of batch norm. Made by `scaled` alone: the gradient to x here is the one to the value, summed over all
+    places that use it; `scaled` takes it from there.
+    """
+
+    x: Array
+    gain: Array
+    shift: Array
+    relu_first: bool = flax.struct.field(pytree_node=False, default=False)
+    shape = property(lambda self: self.x.shape)
+    dtype = property(lambda self: self.x.dtype)
+
+    def value(self) -> Array:
+        """The array, in x's dtype."""
+        return _scale(self.x, self.gain, self.shift, self.relu_first)
+
+
+def rectified(x: Array, relu_first: bool) -> Array:
+    """x, or max(x, 0) if `relu_first`, in float32 or wider."""
+    return (jnp.maximum(x, 0) if relu_first else x).astype(wide_dtype(x))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scale(x: Array, gain: Array, shift: Array, relu_first: bool) -> Array:
+    return (rectified(x, relu_first) * gain[None, None, None] + shift[None, None, None]).astype(x.dtype)
+
+
+def _scale_bwd(relu_first: bool, gain: Array, g: Array) -> tuple[Array, Array, Array]:
+    return g, jnp.zeros_like(gain), jnp.zeros_like(gain)
+
+
+_scale.defvjp(lambda x, gain, shift, relu_first: (_scale(x, gain, shift, relu_first), gain), _scale_bwd)
+
+
+def scaled(x: Array, gain: Array, shift: Array, relu_first: bool = False) -> Scaled:
+    """The `Scaled` of x [N, H, W, C], gain and shift [C]."""
+    return Scaled(_unscaled(x, gain, shift, relu_first), gain, shift, relu_first)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _unscaled(x: Array, gain: Array, shift: Array, relu_first: bool) -> Array:
+    # Gives x as it is, and has the gradients of `_scale`: those of all its uses arrive here as one sum, so that the
+    # sums over the pixels are made once.
+    return x
+
+
+def _unscaled_fwd(x: Array, gain: Array, shift: Array, relu_first: bool) -> tuple[Array, tuple[Array, Array]]:
+    return _unscaled(x, gain, shift, relu_first), (x, gain)  # not x alone: gradients of gradients pass here too
+
+
+def _unscaled_bwd(relu_first: bool, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    x, gain = residuals
+    g = g.astype(gain.dtype)
+    dx = g * gain[None, None, None]
+    dx = jnp.where(x > 0, dx, 0) if relu_first else dx
+    return dx.astype(x.dtype), channel_sum(g * rectified(x, relu_first)), channel_sum(g)
+
+
+_unscaled.defvjp(_unscaled_fwd, _unscaled_bwd)

@@ -1,0 +1,87 @@
+"""The C++ of `convs`, compiled at its first use for the machine's processor and kept in the user's cache folder."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from unet_jax.folders import default_cache_dir
+
+SOURCE = Path(__file__).with_name("convs.cc")
+FUNCTIONS = ("same_conv", "same_kernel_gradient", "transposed_conv", "halving_kernel_gradient")
+SECONDS = 300  # that a compiler may take; it takes seven
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether this process has the functions. Where it cannot have them, a warning says why, and what that costs."""
+    try:
+        library = ctypes.CDLL(str(compiled(default_cache_dir() / "cpu")))
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        logging.getLogger(__name__).warning(
+            "steps take about twice as long: the convolutions could not be compiled or loaded, which takes a C++"
+            " compiler (CXX names it) and a cache folder that can be written (in XDG_CACHE_HOME): %s",
+            error,
+        )
+        return False
+    for name in FUNCTIONS:
+        handler = getattr(library, f"unet_jax_{name}")
+        jax.ffi.register_ffi_target(f"unet_jax_{name}", jax.ffi.pycapsule(handler), platform="cpu")
+    return True
+
+
+def compiled(folder: Path) -> Path:
+    """The library in `folder`, made if it is not there whole.
+
+    Raises:
+      OSError, RuntimeError, ValueError, subprocess.SubprocessError: it cannot be made, or others may write the folder.
+    """
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), "-std=c++17", "-O3", "-march=native"]
+    # Not CXXFLAGS: what else is built with may be meant for older processors.
+    command += shlex.split(os.environ.get("UNET_JAX_CXXFLAGS", ""))
+    command += ["-ffp-contract=off"]  # what is fused is written out: see fma in the source
+    # What it defines tells the compiler's version and the processor's abilities.
+    defined = subprocess.run(
+        [*command, "-dM", "-E", "-x", "c++", os.devnull], check=True, stdout=subprocess.PIPE, timeout=SECONDS
+    ).stdout
+    key = hashlib.sha256(defined + SOURCE.read_bytes() + repr((command, jaxlib.__version__)).encode()).hexdigest()
+    library = folder / f"convs-{key[:16]}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _refuse_what_others_may_write(folder)
+    if not _is_whole(library):
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            made = Path(unfinished) / library.name
+            command += ["-w", "-shared", "-fPIC", f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)]
+            subprocess.run(command, check=True, timeout=SECONDS)
+            digest = made.with_suffix(".sha256")
+            digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+            for file in (made, digest):
+                file.chmod(0o600)
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+                file.replace(folder / file.name)
+    return library
+
+
+def _refuse_what_others_may_write(path: Path) -> None:
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RuntimeError(f"{path} belongs to another user, or others may write it: remove it, or chmod go-w it")
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the library is there and has its digest; a file of somebody else's is refused."""
+    try:
+        _refuse_what_others_may_write(library)
+        return library.with_suffix(".sha256").read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return False
