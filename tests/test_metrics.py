@@ -122,3 +122,13 @@ def test_strict_promotion_and_bfloat16_logits():
         sums = sums_of(LOGITS.astype("bfloat16"), LABELS, WEIGHTS)
     assert [array.dtype for array in sums] == [np.int32, np.float32, np.float32]
     assert np.asarray(sums.confusion).sum() == (LABELS[:5] != IGNORE_LABEL).sum()
+
+
+def test_a_label_that_is_no_class_is_in_no_confusion_and_spoils_its_picture():
+    labels = LABELS.astype(np.int32)
+    labels[1, 0, 0] = 3
+    sums, clean = sums_of(LOGITS, labels, WEIGHTS), sums_of(LOGITS, LABELS, WEIGHTS)
+    assert np.isnan(sums.likelihood[1])
+    assert np.isnan(sums.log_likelihood[1])
+    np.testing.assert_array_equal(sums.likelihood[2:], clean.likelihood[2:])
+    assert np.asarray(sums.confusion)[1].sum() == (labels[1] < 3).sum()

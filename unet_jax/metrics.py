@@ -21,10 +21,13 @@ class PictureSums(NamedTuple):
 
 
 def picture_sums(logits: Array, labels: ArrayLike, weights: ArrayLike) -> PictureSums:
-    """Sums over the pixels that count of logits [N, H, W, C] against labels [N, H, W] with weights [N] of 0 or 1."""
+    """Sums over the pixels that count of logits [N, H, W, C] against labels [N, H, W] with weights [N] of 0 or 1.
+
+    A label that is neither a class nor ignored makes its picture's likelihoods NaN, and is in no confusion matrix.
+    """
     classes = logits.shape[-1]
-    counts = pixel_weights(labels, weights)
-    truth = jax.nn.one_hot(labels, classes, dtype=jnp.float32) * counts[..., None]
+    counts = pixel_weights(labels, weights, classes=classes)
+    truth = jax.nn.one_hot(labels, classes, dtype=jnp.float32) * (counts > 0)[..., None].astype(jnp.float32)
     predicted = jax.nn.one_hot(logits.argmax(-1), classes, dtype=jnp.float32)
     # Zeros and ones, summed in float32 over one picture: exact up to 2^24 pixels.
     confusion = jnp.einsum("nhwt,nhwp->ntp", truth, predicted, preferred_element_type=jnp.float32)
