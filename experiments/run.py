@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import tyro
 
-from unet_jax.config import PUBLISHED, DatasetName, RunConfig, check_config, default_config, differences, to_dict
+from unet_jax.config import (
+    PUBLISHED,
+    DatasetName,
+    RunConfig,
+    check_classes_of_data,
+    check_config,
+    default_config,
+    differences,
+    to_dict,
+)
 from unet_jax.errors import InputError, exit_on_input_error
 
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
@@ -60,6 +69,7 @@ def parse(argv: Sequence[str]) -> list[Options]:
     first.add_argument("--variant", default="mp_tr_dice")
     first.add_argument("--dataset", choices=get_args(DatasetName), default="auto")
     first.add_argument("--data-dir", "--data_dir")
+    first.add_argument("--batch-size", "--batch_size")
     first.add_argument("--download", action="store_true")
     chosen, _ = first.parse_known_args(argv)
     names = list(PUBLISHED) if chosen.variant == "all" else [chosen.variant]
@@ -84,9 +94,10 @@ def parse(argv: Sequence[str]) -> list[Options]:
         check_config(config)
         if not options.distributed and (options.coordinator or options.processes or options.process_id):
             raise InputError("--coordinator, --processes and --process-id go with --distributed")
-        from unet_jax.data.datasets import complete
+        from unet_jax.data.datasets import choose_batch_size, complete
 
         config = complete(config)
+        config = config if chosen.batch_size else choose_batch_size(config)
         check_config(config)  # again, with the classes of a folder
         folder = Path(options.workdir or ("runs" if chosen.variant == "all" else f"runs/{name}"))
         folder = folder / name if chosen.variant == "all" else folder
@@ -157,13 +168,13 @@ def _is_done(folder: Path, config: RunConfig, overwrite: bool) -> bool:
 def load_splits(config: RunConfig, cache_dir: str | None) -> "dict[str, Split]":
     """Both splits as cached arrays, after the checks that need their sizes alone."""
     from unet_jax.data.cache import default_cache_dir, load_split
-    from unet_jax.data.datasets import sources
+    from unet_jax.data.datasets import sources, training_pictures
 
     data = config.data
     counts = {"train": data.train_examples, "test": data.test_examples}
     found = sources(data, config.train.seed)
-    available = min(found["train"].size, counts["train"] or found["train"].size)
-    available -= round(available * data.validation_fraction)
+    check_classes_of_data(data.class_names, found["train"].class_names, data.dataset)
+    available = training_pictures(data, found["train"].size)
     if config.train.batch_size > available:
         raise InputError(f"--batch-size {config.train.batch_size} is larger than the {available} training pictures")
     cache = Path(cache_dir) if cache_dir else default_cache_dir()

@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -198,11 +199,13 @@ def check_config(config: RunConfig) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {amount}: it must be finite and not negative")
     if train.schedule == "cosine" and train.warmup_epochs >= train.epochs:
         raise InputError(f"--warmup-epochs is {train.warmup_epochs}: it must be below --epochs {train.epochs}")
-    if train.seed < 0:
-        raise InputError(f"--seed is {train.seed}: it must not be negative")
+    if not 0 <= train.seed < 2**32:  # of a larger one JAX takes the last 32 bits
+        raise InputError(f"--seed is {train.seed}: it must be from 0 to {2**32 - 1}")
     if not 0 < data.test_fraction < 1:
         raise InputError(f"--test-fraction is {data.test_fraction}: it must be above 0 and below 1")
     check_size(data.image_size, data.image_size, len(model.widths))
+    if data.class_names or data.dataset != "folder":  # whose classes are yet to be counted
+        check_class_names(data.class_names)
     names = [name for _, name in loss_terms(train.loss)]
     if train.class_weights and "cross_entropy" not in names:
         raise InputError(f"--class-weights are those of cross_entropy, which --loss {train.loss} lacks")
@@ -210,6 +213,23 @@ def check_config(config: RunConfig) -> None:
         raise InputError(f"--class-weights are {train.class_weights}: they must be finite, not negative, and not all 0")
     if train.class_weights and data.class_names and len(train.class_weights) != len(data.class_names):
         raise InputError(f"--class-weights are {len(train.class_weights)}, the classes {', '.join(data.class_names)}")
+
+
+def check_class_names(names: Sequence[str]) -> None:
+    """Raises InputError unless they are two or more different names, and no more than labels can hold."""
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"--class-names has {', '.join(repeated)} more than once: each class needs its own name")
+    if not 2 <= len(names) <= IGNORE_LABEL:
+        raise InputError(f"--class-names are {len(names)}: two classes are the least, {IGNORE_LABEL} the most")
+
+
+def check_classes_of_data(names: Sequence[str], source: Sequence[str], dataset: str) -> None:
+    """Raises InputError for class names that are not as many as the dataset's, or its own in another order."""
+    if len(names) != len(source) or (set(names) == set(source) and tuple(names) != tuple(source)):
+        raise InputError(
+            f"--class-names are {', '.join(names)}, but the masks of {dataset} have {len(source)} classes, in this"
+            f" order: {', '.join(source)}"
+        )
 
 
 def loss_terms(text: str) -> tuple[tuple[float, str], ...]:

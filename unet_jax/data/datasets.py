@@ -38,20 +38,30 @@ def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """A resolved config with what it leaves to a folder: the class names, and a default batch that is not too large.
+    """A resolved config with what it leaves to a folder: the class names.
 
     Raises:
       InputError: the folder cannot be used.
     """
-    data, train = config.data, config.train
-    if data.dataset != "folder":
+    if config.data.dataset != "folder":
         return config
-    source = sources(data, train.seed)["train"]
-    if train.batch_size == FOLDER_BATCH_SIZE:
-        train = dataclasses.replace(
-            train, batch_size=min(FOLDER_BATCH_SIZE, source.size, data.train_examples or source.size)
-        )
-    return dataclasses.replace(config, data=dataclasses.replace(data, class_names=source.class_names), train=train)
+    source = sources(config.data, config.train.seed)["train"]
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=source.class_names))
+
+
+def choose_batch_size(config: RunConfig) -> RunConfig:
+    """A complete config with the default batch, which of a folder is never larger than what there is to train on."""
+    if config.data.dataset != "folder":
+        return config
+    available = training_pictures(config.data, sources(config.data, config.train.seed)["train"].size)
+    train = dataclasses.replace(config.train, batch_size=min(FOLDER_BATCH_SIZE, max(available, 1)))
+    return dataclasses.replace(config, train=train)
+
+
+def training_pictures(config: DataConfig, size: int) -> int:
+    """How many pictures of a train split of that size are trained on, but for rounding."""
+    taken = min(size, config.train_examples or size)
+    return taken - round(taken * config.validation_fraction)
 
 
 def sources(config: DataConfig, seed: int) -> dict[str, Source]:
