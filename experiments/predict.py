@@ -40,8 +40,9 @@ class Options:
     """resize: to the training size and back. tile: the picture's own resolution, in overlapping windows."""
     tile_size: int | None = None
     """Side of the windows; smaller ones take less memory and more time. Default: what suits the network."""
-    tta: bool = False
-    """Average the probabilities over the four flips of a picture: four times the work."""
+    tta: Literal["none", "horizontal", "all"] = "none"
+    """Average the probabilities over a picture and its mirror image (horizontal, which a bare --tta means), twice the
+    work, or over all four flips, four times, for what has no up and down."""
     probabilities: bool = False
     """Write NAME_probabilities.npz too: float32 [H, W, classes] as `probabilities`, and `class_names`."""
 
@@ -189,6 +190,14 @@ def segment_all(
     return bad, seconds
 
 
+def with_tta_named(argv: Sequence[str]) -> list[str]:
+    """The command line, in which a bare --tta has its default."""
+    named = []
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        named += [word, "horizontal"] if word == "--tta" and following not in ("none", "horizontal", "all") else [word]
+    return named
+
+
 def main(options: Options) -> int:
     """Segments all pictures; the exit status is 1 if some were bad, 2 if all were."""
     from tqdm import tqdm
@@ -227,4 +236,4 @@ def main(options: Options) -> int:
 
 if __name__ == "__main__":
     with exit_on_input_error():
-        sys.exit(main(tyro.cli(Options, description=__doc__)))
+        sys.exit(main(tyro.cli(Options, args=with_tta_named(sys.argv[1:]), description=__doc__)))

@@ -100,7 +100,7 @@ def test_bands_are_one_resize():
     np.testing.assert_allclose(np.concatenate(bands)[:, :, 1], np.asarray(whole), atol=1e-5)
 
 
-@pytest.mark.parametrize(("downsampling", "tta"), [("max_pool", True), ("strided_conv", False)])
+@pytest.mark.parametrize(("downsampling", "tta"), [("max_pool", "all"), ("strided_conv", "none")])
 def test_tiles_are_the_whole_picture(tmp_path, small_tiles, downsampling, tta):
     predictor = predict.load(make_run(tmp_path / "run", downsampling), small_tiles)
     image = picture(128, 128)
@@ -138,13 +138,32 @@ def test_window_weights(size, tile):
     np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["resize", "tile"])
-def test_tta_commutes_with_flips(predictor, mode):
+@pytest.mark.parametrize(("mode", "tta"), [("resize", "horizontal"), ("resize", "all"), ("tile", "all")])
+def test_tta_commutes_with_the_flips_that_it_averages(predictor, mode, tta):
     image = picture(128, 256)
-    flipped = predictor(image[:, ::-1], mode, tta=True, probabilities=True)
-    np.testing.assert_allclose(flipped[:, ::-1], predictor(image, mode, tta=True, probabilities=True), atol=1e-5)
-    plain = predictor(image, mode, probabilities=True)
-    assert np.abs(predictor(image, mode, tta=True, probabilities=True) - plain).max() > 1e-3
+    averaged = predictor(image, mode, tta=tta, probabilities=True)
+    flipped = predictor(image[:, ::-1], mode, tta=tta, probabilities=True)
+    np.testing.assert_allclose(flipped[:, ::-1], averaged, atol=1e-5)
+    upside_down = predictor(image[::-1], mode, tta=tta, probabilities=True)
+    assert np.allclose(upside_down[::-1], averaged, atol=1e-5) == (tta == "all")
+    assert np.abs(averaged - predictor(image, mode, probabilities=True)).max() > 1e-3
+
+
+def test_tta_is_the_mean_over_the_picture_and_its_mirror_image(predictor):
+    image = picture(SIZE, SIZE)
+    views = [predictor(view, probabilities=True) for view in (image, image[:, ::-1])]
+    expected = (views[0] + views[1][:, ::-1]) / 2
+    np.testing.assert_allclose(predictor(image, tta="horizontal", probabilities=True), expected, atol=1e-6)
+
+
+def test_a_bare_tta_flag_is_horizontal(script):
+    for given, meant in (
+        (["run", "x.png", "--tta", "--out", "o"], ["run", "x.png", "--tta", "horizontal", "--out", "o"]),
+        (["run", "--tta", "x.png"], ["run", "--tta", "horizontal", "x.png"]),
+        (["--tta", "all", "--tta"], ["--tta", "all", "--tta", "horizontal"]),
+        (["--tta", "none"], ["--tta", "none"]),
+    ):
+        assert script.with_tta_named(given) == meant
 
 
 @pytest.mark.parametrize(
@@ -159,6 +178,11 @@ def test_what_is_no_picture(predictor, bad):
 def test_bad_arguments(run, tmp_path, predictor):
     with pytest.raises(InputError, match="unknown mode"):
         predictor(picture(8, 8), "tiles")
+    with pytest.raises(InputError, match="unknown tta True: choose from none, horizontal, all"):
+        predictor(picture(8, 8), tta=True)
+    for bad in (3, None, Path("x.png")):
+        with pytest.raises(InputError, match="is no picture: pictures are uint8 arrays"):
+            predictor(bad)
     with pytest.raises(InputError, match="multiple of 128"):
         predict.load(run, tile_size=100)
     with pytest.raises(InputError, match="no run folder"):

@@ -23,6 +23,13 @@ from unet_jax.plots import colour_labels
 from unet_jax.train import TrainState, infer, inference_state, make_model
 
 Mode = Literal["resize", "tile"]
+Tta = Literal["none", "horizontal", "all"]
+# The axes of pictures [N, H, W, C] that each view flips. Upside down most networks have seen nothing.
+FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "none": ((),),
+    "horizontal": ((), (2,)),
+    "all": ((), (1,), (2,), (1, 2)),
+}
 Images = np.ndarray | Sequence[np.ndarray]
 Image.init()
 # The common formats, and none whose reader starts other programs.
@@ -43,7 +50,8 @@ class Predictor:
     """A trained network; call it with one picture uint8 [H, W, 3], or with a list of pictures of any sizes.
 
     mode "resize" takes pictures to the training size and probabilities back, "tile" works at their own resolution in
-    overlapping windows of `tile_size`; `tta` averages the probabilities over the four flips.
+    overlapping windows of `tile_size`; `tta` averages the probabilities over the picture and its mirror image, or over
+    all four flips.
     """
 
     config: RunConfig
@@ -52,20 +60,23 @@ class Predictor:
     tile_size: int
     forward: Callable[[TrainState, Any], Array]
 
-    def __call__(self, images: Images, mode: Mode = "resize", tta: bool = False, probabilities: bool = False) -> Any:
+    def __call__(self, images: Images, mode: Mode = "resize", tta: Tta = "none", probabilities: bool = False) -> Any:
         """Labels uint8 [H, W], or with `probabilities` float32 [H, W, num_classes], of a picture; a list of a list.
 
         Raises:
-          InputError: another mode, or something that is no picture.
+          InputError: another mode or tta, or something that is no picture.
         """
+        if not isinstance(images, (np.ndarray, Sequence)):
+            raise InputError(f"{type(images).__name__} is no picture: pictures are uint8 arrays [H, W, 3]")
         single = isinstance(images, np.ndarray) and images.ndim == 3
         pictures: list[Any] = [images] if single else list(images)
         for i, picture in enumerate(pictures):
             shape, dtype = np.shape(picture), getattr(picture, "dtype", type(picture).__name__)
             if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
                 raise InputError(f"picture {i} is {dtype} of shape {shape}: pictures are uint8 arrays [H, W, 3]")
-        if mode not in get_args(Mode):
-            raise InputError(f"unknown mode {mode!r}: choose from {', '.join(get_args(Mode))}")
+        for what, value, choices in (("mode", mode, get_args(Mode)), ("tta", tta, get_args(Tta))):
+            if value not in choices:
+                raise InputError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
         answers = []
         side = self.config.data.image_size
         count = self.batch_size(side, side)
@@ -88,20 +99,16 @@ class Predictor:
         """The picture at the training size, resized as for training."""
         return resize(Example("", image, image[:, :, 0]), self.config.data.image_size).image
 
-    def network(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
+    def network(self, images: np.ndarray, tta: Tta = "none") -> np.ndarray:
         """Class probabilities float32 [N, H, W, num_classes] of uint8 [N, H, W, 3], of a size that fits the levels."""
         filled = self.placement.devices
         while filled < len(images):  # to a power of two for each device: few shapes to compile
             filled *= 2
         count, images = len(images), np.pad(images, ((0, filled - len(images)), (0, 0), (0, 0), (0, 0)))
-        total = self.forward(self.restored.state, images)
-        if tta:
-            for axes in ((1,), (2,), (1, 2)):
-                total = total + jnp.flip(self.forward(self.restored.state, np.flip(images, axes)), axes)
-            total = total / 4
-        return np.asarray(total)[:count]
+        views = (jnp.flip(self.forward(self.restored.state, np.flip(images, axes)), axes) for axes in FLIPS[tta])
+        return np.asarray(sum(views) / len(FLIPS[tta]))[:count]
 
-    def tiled(self, image: np.ndarray, tta: bool = False) -> Iterator[np.ndarray]:
+    def tiled(self, image: np.ndarray, tta: Tta = "none") -> Iterator[np.ndarray]:
         """Probabilities at the picture's own resolution, in bands [h, W, num_classes] from the top.
 
         They are those of the whole picture (filled up to multiples of UNIT by reflection) in one pass, where that is
