@@ -1,14 +1,20 @@
 """What people report of trainers: each situation is done right or refused in a line, never wrong without a word."""
 
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from unet_jax import checkpoint, device, runs, train
+from unet_jax.augment import augment
+from unet_jax.config import ModelConfig, RunConfig, default_config, to_dict
 from unet_jax.errors import InputError
 
 SMALL = ["--dataset", "synthetic", "--image-size", "16", "--widths", "4", "4", "--train-examples", "12"]
@@ -45,6 +51,21 @@ def make_folder(folder, count=10, names=None):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("folder") / "d")
+
+
+def tiny_config(variant="mp_tr_ce", **data) -> RunConfig:
+    config = default_config(variant, "synthetic")
+    data = dataclasses.replace(config.data, image_size=16, **data)
+    return dataclasses.replace(config, model=ModelConfig(config.model.downsampling, widths=(4, 6)), data=data)
+
+
+def save_run(folder, config):
+    """A run folder of initial weights, at step 0."""
+    folder.mkdir()
+    runs.write_json(folder / "config.json", to_dict(config))
+    with checkpoint.manager(folder / "checkpoints", 0) as checkpoints:
+        checkpoint.save(checkpoints, runs.fresh_state(config), checkpoint.Progress([], []))
+    return folder
 
 
 def parse(scripts, *flags):
@@ -85,3 +106,23 @@ def test_a_batch_size_given_by_hand_is_kept_or_refused(scripts, folder, tmp_path
 def test_a_batch_size_that_nobody_gave_fits(scripts, folder, flags, size):
     options = parse(scripts, "--dataset", "folder", "--data-dir", folder, "--image-size", 16, *flags)
     assert options.config.train.batch_size == size
+
+
+def dtypes(tree) -> set[str]:
+    return {str(x.dtype) for x in jax.tree.leaves(tree)}
+
+
+def test_a_run_is_float32_where_jax_is_float64(tmp_path):
+    config = tiny_config("best")
+    run = save_run(tmp_path / "run", config)
+    state, placement = runs.fresh_state(config), device.placement()
+    with jax.enable_x64(True):
+        chex.assert_trees_all_equal(runs.fresh_state(config), state)
+        chex.assert_trees_all_equal(runs.load(run, placement)[1].state, state)
+        steps = train.make_steps(config, placement, steps_per_epoch=1)
+        batch = train.Batch(np.zeros((2, 16, 16, 3), np.uint8), np.zeros((2, 16, 16), np.uint8), np.ones(2, np.float32))
+        after, _ = jax.eval_shape(steps.train, state, batch)
+        assert dtypes(after) == dtypes(jax.eval_shape(steps.statistics, state, batch, 0)) == {"float32", "int32"}
+        chex.assert_trees_all_equal_dtypes(after, state)
+        change = jax.eval_shape(lambda key: augment(key, batch.images, batch.labels, "strong"), jax.random.key(0))
+        assert dtypes(change) == {"float32", "uint8"}

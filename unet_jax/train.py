@@ -76,11 +76,12 @@ def init_state(
 ) -> TrainState:
     """A fresh state; its parameters depend on the seed and the network alone, not on the size of pictures.
 
-    The average of an `ema` starts at 0: the first step replaces it.
+    They are float32, whatever JAX's default is. The average of an `ema` starts at 0: the first step replaces it.
     """
     side = 2 ** (len(model.widths) - 1)
-    # Under jit, which drops the forward pass: run eagerly, each of its operations would be compiled by itself.
-    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, channels), jnp.float32))
+    with jax.enable_x64(False):  # else initial values would be other ones, in float64
+        # Under jit, which drops the forward pass: run eagerly, each of its operations would be compiled by itself.
+        variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, channels), jnp.float32))
     params = variables["params"]
     averaged = jax.tree.map(jnp.zeros_like, dict(variables)) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), averaged)
