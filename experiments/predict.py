@@ -36,8 +36,9 @@ class Options:
     """Files, folders (the pictures in them) and globs."""
     out: Path
     """Folder for NAME_mask.png and NAME_overlay.png of each picture."""
-    mode: Literal["resize", "tile"] = "resize"
-    """resize: to the training size and back. tile: the picture's own resolution, in overlapping windows."""
+    mode: Literal["resize", "tile", "native"] = "resize"
+    """resize: to the training size and back. tile: in overlapping windows at the scale of training, for pictures that
+    show more than those of training did. native: the same at the picture's own resolution."""
     tile_size: int | None = None
     """Side of the windows; smaller ones take less memory and more time. Default: what suits the network."""
     tta: Literal["none", "horizontal", "all"] = "none"
@@ -123,11 +124,12 @@ def read(path: Path, name: str, options: Options, predictor: "Predictor") -> tup
 
 
 def segment(pictures: Sequence[tuple], options: Options, predictor: "Predictor") -> list[np.ndarray]:
-    """What the network says of pictures that were read: at their own size in tile mode, else at the training size."""
+    """What the network says of pictures that were read: in resize mode at the training size, else at their own."""
     from unet_jax.predict import assemble
 
-    if options.mode == "tile":
-        return [assemble(predictor.tiled(image, options.tta), options.probabilities) for _, image, _ in pictures]
+    if options.mode != "resize":
+        bands = (predictor.windowed(image, options.mode, options.tta) for _, image, _ in pictures)
+        return [assemble(of_picture, options.probabilities) for of_picture in bands]
     return list(predictor.network(np.stack([small for _, _, small in pictures]), options.tta)) if pictures else []
 
 
@@ -198,6 +200,16 @@ def with_tta_named(argv: Sequence[str]) -> list[str]:
     return named
 
 
+def scale_line(scale: tuple[float, float] | None) -> str:
+    """What a user of tile mode is told."""
+    if scale is None:
+        return "this run does not say at which scale it was trained: tile mode takes the pictures at their own"
+    return (
+        f"tile mode takes the pictures at the scale of training, {scale[0]:.2f} of their height and {scale[1]:.2f} of"
+        " their width; --mode native takes them at their own"
+    )
+
+
 def main(options: Options) -> int:
     """Segments all pictures; the exit status is 1 if some were bad, 2 if all were."""
     from tqdm import tqdm
@@ -216,6 +228,8 @@ def main(options: Options) -> int:
     predictor = load(options.run, options.tile_size)
     for line in predictor.restored.skipped:
         print(line, file=sys.stderr)
+    if options.mode == "tile":
+        print(scale_line(predictor.config.data.scale))
     size = predictor.config.data.image_size
     start = time.perf_counter()
     bar = tqdm(total=len(pictures), unit=" pictures", desc="segmenting", disable=None)

@@ -122,6 +122,8 @@ def train_run(options: Options, placement: "Placement") -> None:
         )
         return
     splits = load_splits(config, options.cache_dir)
+    scale = config.data.scale or splits["train"].scale
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, scale=scale))
     batch_size = config.train.batch_size
     names = [split.names for split in splits.values()]
     shared = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=None))

@@ -91,7 +91,7 @@ def test_two_processes_build_it_at_once(tmp_path):
         sums = list(pool.map(load_synthetic, [tmp_path] * 2))
     assert sums[0] == sums[1] == load_synthetic(tmp_path)
     (folder,) = tmp_path.iterdir()
-    assert set(json.loads((folder / "meta.json").read_text())) == {"checksums", "names"}
+    assert set(json.loads((folder / "meta.json").read_text())) == {"checksums", "names", "scale"}
 
 
 def test_resize_antialiases_pictures_and_invents_no_class():

@@ -113,6 +113,25 @@ def test_tiles_are_the_whole_picture(tmp_path, small_tiles, downsampling, tta):
     np.testing.assert_allclose(predictor(image[:121, :100], "tile", tta, probabilities=True), whole, atol=1e-5)
 
 
+def test_tile_mode_shows_pictures_at_the_scale_of_training(run, small_tiles):
+    native = predict.load(run, small_tiles)
+    data = dataclasses.replace(native.config.data, scale=(0.5, 0.25))
+    predictor = dataclasses.replace(native, config=dataclasses.replace(native.config, data=data))
+    image = picture(160, 256)
+    small = np.asarray(Image.fromarray(image).resize((64, 80), Image.Resampling.BILINEAR))
+    expected = predict.assemble(predict.grow(native(small, "native", probabilities=True), 160, 256), True)
+    np.testing.assert_allclose(predictor(image, "tile", probabilities=True), expected, atol=1e-6)
+    labels = predictor(image, "native")
+    np.testing.assert_array_equal(labels, native(image, "native"))
+    np.testing.assert_array_equal(labels, native(image, "tile"))  # of a run that knows no scale
+    assert (labels != predictor(image, "tile")).any()
+
+
+def test_tile_mode_says_at_which_scale(script):
+    assert "at the scale of training, 0.50 of their height and 0.25 of their width" in script.scale_line((0.5, 0.25))
+    assert "does not say at which scale" in script.scale_line(None)
+
+
 def test_a_narrower_margin_would_not_do(run, small_tiles, monkeypatch):
     image, predictor = picture(128, 128), predict.load(run, small_tiles)
     whole = predictor.network(image[None])[0]

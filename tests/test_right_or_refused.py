@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from PIL import Image
 
 from unet_jax import checkpoint, device, runs, train
 from unet_jax.augment import augment
-from unet_jax.config import ModelConfig, RunConfig, default_config, to_dict
+from unet_jax.config import ModelConfig, RunConfig, default_config, differences, from_dict, to_dict
 from unet_jax.errors import InputError
 
 SMALL = ["--dataset", "synthetic", "--image-size", "16", "--widths", "4", "4", "--train-examples", "12"]
@@ -126,3 +127,22 @@ def test_a_run_is_float32_where_jax_is_float64(tmp_path):
         chex.assert_trees_all_equal_dtypes(after, state)
         change = jax.eval_shape(lambda key: augment(key, batch.images, batch.labels, "strong"), jax.random.key(0))
         assert dtypes(change) == {"float32", "uint8"}
+
+
+def test_a_run_knows_the_scale_of_its_pictures(scripts, folder, tmp_path):
+    flags = ["--dataset", "folder", "--data-dir", folder, "--image-size", 16, "--widths", 4, 4, "--epochs", 1]
+    options = parse(scripts, *flags, "--workdir", tmp_path / "run", "--cache-dir", tmp_path / "cache")
+    scripts.run.train_run(options, device.placement())
+    assert runs.read_config(tmp_path / "run").data.scale == (16 / 24, 16 / 32)
+    # A cache of an older version, which does not say, is made again.
+    (meta,) = (tmp_path / "cache").glob("folder-train-*/meta.json")
+    text = meta.read_text()
+    meta.write_text(json.dumps({name: value for name, value in json.loads(text).items() if name != "scale"}))
+    assert scripts.run.load_splits(options.config, str(tmp_path / "cache"))["train"].scale == (16 / 24, 16 / 32)
+    assert json.loads(meta.read_text()) == json.loads(text)
+
+
+def test_a_run_without_a_scale_goes_on(scripts):
+    old = to_dict(tiny_config())
+    del old["data"]["scale"]
+    assert differences(from_dict(old), tiny_config(scale=(0.5, 0.5))) == []

@@ -71,6 +71,8 @@ class DataConfig:
     """Share of a folder's pictures that the test split gets, where it has no train.txt or test.txt."""
     validation_fraction: float = 0.0
     """Share of the training pictures that is kept from training, and chooses the best epoch; test then waits for it."""
+    scale: tuple[float, float] | None = None
+    """Size in training over the pictures' own, down and across, which tile mode uses. Default: the median of them."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
 
 
-# Two runs that differ in these alone are the same run: folders, how long to go on, and memory for time.
-NOT_COMPARED = {"data.data_dir", "train.epochs", "model.remat"}
+# Two runs that differ in these alone are the same run: folders, what is for predictions, how long to go on, and memory
+# for time.
+NOT_COMPARED = {"data.data_dir", "data.scale", "train.epochs", "model.remat"}
 
 
 def default_config(variant: str, dataset: DatasetName) -> RunConfig:
@@ -201,6 +204,8 @@ def check_config(config: RunConfig) -> None:
         raise InputError(f"--warmup-epochs is {train.warmup_epochs}: it must be below --epochs {train.epochs}")
     if not 0 <= train.seed < 2**32:  # of a larger one JAX takes the last 32 bits
         raise InputError(f"--seed is {train.seed}: it must be from 0 to {2**32 - 1}")
+    if data.scale and not all(0 < factor < math.inf for factor in data.scale):
+        raise InputError(f"--scale is {data.scale}: both must be positive and finite")
     if not 0 < data.test_fraction < 1:
         raise InputError(f"--test-fraction is {data.test_fraction}: it must be above 0 and below 1")
     check_size(data.image_size, data.image_size, len(model.widths))

@@ -22,7 +22,7 @@ from unet_jax.model import UNet
 from unet_jax.plots import colour_labels
 from unet_jax.train import TrainState, infer, inference_state, make_model
 
-Mode = Literal["resize", "tile"]
+Mode = Literal["resize", "tile", "native"]
 Tta = Literal["none", "horizontal", "all"]
 # The axes of pictures [N, H, W, C] that each view flips. Upside down most networks have seen nothing.
 FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -49,9 +49,9 @@ def probabilities_step(state: TrainState, images: Array, *, model: UNet) -> Arra
 class Predictor:
     """A trained network; call it with one picture uint8 [H, W, 3], or with a list of pictures of any sizes.
 
-    mode "resize" takes pictures to the training size and probabilities back, "tile" works at their own resolution in
-    overlapping windows of `tile_size`; `tta` averages the probabilities over the picture and its mirror image, or over
-    all four flips.
+    mode "resize" takes pictures to the training size and probabilities back; "tile" shows them in overlapping windows
+    of `tile_size` at the scale of training (config.data.scale), "native" at their own resolution. `tta` averages the
+    probabilities over the picture and its mirror image, or over all four flips.
     """
 
     config: RunConfig
@@ -82,8 +82,8 @@ class Predictor:
         count = self.batch_size(side, side)
         for start in range(0, len(pictures), count):
             some = pictures[start : start + count]
-            if mode == "tile":
-                bands = [self.tiled(picture, tta) for picture in some]
+            if mode != "resize":
+                bands = [self.windowed(picture, mode, tta) for picture in some]
             else:
                 small = self.network(np.stack([self.shrink(picture) for picture in some]), tta)
                 bands = [grow(answer, *picture.shape[:2]) for answer, picture in zip(small, some, strict=True)]
@@ -98,6 +98,19 @@ class Predictor:
     def shrink(self, image: np.ndarray) -> np.ndarray:
         """The picture at the training size, resized as for training."""
         return resize(Example("", image, image[:, :, 0]), self.config.data.image_size).image
+
+    def windowed(self, image: np.ndarray, mode: Mode, tta: Tta = "none") -> Iterator[np.ndarray]:
+        """Probabilities at the picture's own size by tiles, in bands: mode "tile" or "native".
+
+        At another scale than its own, memory goes with the scaled picture; a run of an older version knows none.
+        """
+        height, width = image.shape[:2]
+        down, across = (mode == "tile" and self.config.data.scale) or (1, 1)
+        size = max(1, round(width * across)), max(1, round(height * down))
+        if size == (width, height):
+            return self.tiled(image, tta)
+        scaled = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+        return grow(np.concatenate(list(self.tiled(scaled, tta))), height, width)
 
     def network(self, images: np.ndarray, tta: Tta = "none") -> np.ndarray:
         """Class probabilities float32 [N, H, W, num_classes] of uint8 [N, H, W, 3], of a size that fits the levels."""
@@ -163,12 +176,12 @@ def assemble(bands: Iterator[np.ndarray], probabilities: bool = False) -> np.nda
 
 
 def grow(probabilities: np.ndarray, height: int, width: int) -> Iterator[np.ndarray]:
-    """Probabilities [S, S, C] resized bilinearly to height x width, in bands [h, width, C] from the top."""
-    size, rows = len(probabilities), max(1, 2**21 // width)
+    """Probabilities [H, W, C] resized bilinearly to height x width, in bands [h, width, C] from the top."""
+    (h, w), rows = probabilities.shape[:2], max(1, 2**21 // width)
     channels = [Image.fromarray(np.ascontiguousarray(p)) for p in np.moveaxis(probabilities, -1, 0)]
     for y in range(0, height, rows):
         end = min(y + rows, height)
-        box = (0, y * size / height, size, end * size / height)
+        box = (0, y * h / height, w, end * h / height)
         bands = [c.resize((width, end - y), Image.Resampling.BILINEAR, box) for c in channels]
         yield np.stack([np.asarray(band) for band in bands], axis=-1)
 

@@ -23,11 +23,15 @@ ARRAYS = ("images", "labels")
 
 
 class Split(NamedTuple):
-    """images uint8 [N, S, S, 3], labels uint8 [N, S, S] (both may be memory-mapped), names of the N pictures."""
+    """images uint8 [N, S, S, 3], labels uint8 [N, S, S] (both may be memory-mapped), names of the N pictures.
+
+    scale is S over the pictures' own heights and widths: the median of each.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     names: list[str]
+    scale: tuple[float, float] | None = None
 
 
 def default_cache_dir() -> Path:
@@ -75,7 +79,8 @@ def _open(folder: Path) -> Split | None:
             sums = dict(zip(ARRAYS, pool.map(_checksum, arrays.values()), strict=True))
         if sums != meta["checksums"] or len(meta["names"]) != len(arrays["images"]):
             return None
-        return Split(arrays["images"], arrays["labels"], meta["names"])
+        down, across = meta["scale"]  # caches of older versions lack it, and are made again
+        return Split(arrays["images"], arrays["labels"], meta["names"], (down, across))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -108,8 +113,12 @@ def _decode(source: Source, size: int, count: int, building: Path) -> None:
     create: Callable[..., Any] = np.lib.format.open_memmap
     arrays = {name: create(building / f"{name}.npy", "w+", np.uint8, shape) for name, shape in shapes.items()}
 
+    scales = np.zeros((count, 2))
+
     def decode(i: int) -> str:
-        example = resize(source.read(i), size)
+        example = source.read(i)
+        scales[i] = np.divide(size, example.labels.shape)
+        example = resize(example, size)
         arrays["images"][i], arrays["labels"][i] = example.image, example.labels
         return example.name
 
@@ -125,7 +134,8 @@ def _decode(source: Source, size: int, count: int, building: Path) -> None:
         array.flush()
     checksums = {name: _checksum(array) for name, array in arrays.items()}
     # Last: a folder without it is no cache.
-    (building / "meta.json").write_text(json.dumps({"checksums": checksums, "names": names}))
+    meta = {"checksums": checksums, "names": names, "scale": np.median(scales, axis=0).tolist()}
+    (building / "meta.json").write_text(json.dumps(meta))
 
 
 def _check_room(folder: Path, needed: int) -> None:
