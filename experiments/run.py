@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -220,7 +221,6 @@ def train_epochs(
     """Trains to the last epoch, by `save_epochs`, and tells what can go wrong on the way as InputErrors."""
     import jax
 
-    from unet_jax import processes
     from unet_jax.train import NonFiniteLossError
 
     records = list(start.progress.records)
@@ -234,8 +234,9 @@ def train_epochs(
             raise
         raise train.placement.out_of_memory(train.batch_size) from None
     if stopped:
-        print(f"stopped by SIGTERM: step {int(state.step)} is saved, the same command goes on from there")
-        sys.exit(processes.SIGTERM_STATUS)
+        name = "Ctrl-C" if stopped == signal.SIGINT else "SIGTERM"
+        print(f"stopped by {name}: step {int(state.step)} is saved, the same command goes on from there")
+        sys.exit(128 + stopped)
     return state, records
 
 
@@ -247,22 +248,23 @@ def save_epochs(
     held_out: "Loader",
     start: "Restored",
     records: list[dict[str, Any]],
-) -> "tuple[TrainState, bool]":
+) -> "tuple[TrainState, int]":
     """Trains; each epoch ends with its line, its record (in `records` and metrics.jsonl), and a checkpoint.
 
     The best epoch by the validation part's mean IoU, if there is such a part, has a second one in the folder `best`.
-    After SIGTERM it saves at the next step (past an epoch's last, when that is evaluated) and returns True.
+    After SIGTERM or Ctrl-C it saves at the next step (past an epoch's last, when that is evaluated), and returns which
+    of the two it was, else 0.
     """
     from unet_jax import checkpoint, processes, runs
     from unet_jax.train import StepResult, fit
 
-    state, stop = start.state, False
+    state, stop = start.state, 0
     display = Display(Clock(config.train.epochs, len(train), len(held_out), int(state.step)), len(train))
     has_best = config.data.validation_fraction > 0
     with (
         checkpoint.manager(folder / "checkpoints", int(state.step)) as checkpoints,
         checkpoint.manager(folder / "best", int(state.step)) if has_best else nullcontext() as best,
-        processes.noticing_sigterm() as noticed,
+        processes.noticing_signals() as noticed,
     ):
         for result in fit(config, steps, state, train, held_out, start.progress.losses):
             state = result.state
@@ -270,7 +272,7 @@ def save_epochs(
                 display.step(result.epoch, result.step_of_epoch, result.losses)
                 step = (result.epoch - 1) * len(train) + result.step_of_epoch
                 # orbax has JAX's processes agree on a step; of a process alone it knows nothing.
-                stop = stop or noticed.is_set() or checkpoints.reached_preemption(step)
+                stop = stop or sum(noticed[:1]) or signal.SIGTERM * checkpoints.reached_preemption(step)
                 if stop and result.step_of_epoch < len(train) and math.isfinite(loss := float(result.loss)):
                     display.close()
                     checkpoint.save(checkpoints, state, checkpoint.Progress(records, [*result.losses, loss]))

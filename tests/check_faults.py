@@ -1,8 +1,8 @@
 """Kills and damages runs and has them go on: `python tests/check_faults.py --kills 50`.
 
-A tiny run is killed (-9, and by SIGTERM) at random moments and started again each time; files of a stopped run are
-damaged; a disk fills up. Each time the run must end with the parameters and metrics, bit for bit, of one that nothing
-disturbed. Prints faults tried, survived and lost; exit status 1 if any was lost.
+A tiny run is killed (-9, by SIGTERM, by Ctrl-C) at random moments and started again each time; files of a stopped run
+are damaged; a disk fills up. Each time the run must end with the parameters and metrics, bit for bit, of one that
+nothing disturbed. Prints faults tried, survived and lost; exit status 1 if any was lost.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ TIMING = {"seconds", "evaluation_seconds", "images_per_second"}
 class Options:
     kills: int = 50
     terms: int = 5
+    interrupts: int = 5
     epochs: int = 60
     seed: int = 0
     """Of the moments."""
@@ -59,10 +60,21 @@ def start(
     env["PYTHONUNBUFFERED"] = "1"
     env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     pipe = subprocess.PIPE
-    process = subprocess.Popen(script, env=env, cwd=home, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    with heeding_interrupts():
+        process = subprocess.Popen(script, env=env, cwd=home, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     if limit:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     return process
+
+
+@contextlib.contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """Has what is started heed Ctrl-C, even where a shell has put this process in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finish(process: subprocess.Popen) -> Ended:
@@ -199,7 +211,11 @@ def try_faults(options: Options) -> tuple[Counter, Counter]:
                 note(fault, good, ended)
             shutil.rmtree(folder)
 
-        signals = {"kill -9": (signal.SIGKILL, options.kills), "SIGTERM": (signal.SIGTERM, options.terms)}
+        signals = {
+            "kill -9": (signal.SIGKILL, options.kills),
+            "SIGTERM": (signal.SIGTERM, options.terms),
+            "Ctrl-C": (signal.SIGINT, options.interrupts),
+        }
         for fault, (number, times) in signals.items():
             left, hits = times, 0
             while left or hits:
@@ -207,8 +223,8 @@ def try_faults(options: Options) -> tuple[Counter, Counter]:
                     ended = interrupted(home, run, options.epochs, number, rng, from_start=fault == "kill -9")
                     if ended.status:
                         left, hits = left - 1, hits + 1
-                        if fault == "SIGTERM":
-                            note("SIGTERM: status 143", ended.status == 143, ended)
+                        if number != signal.SIGKILL:
+                            note(f"{fault}: status {128 + number}", ended.status == 128 + number, ended)
                 if not left or not ended.status:  # no more faults, or it was at its end before one came
                     survives(fault, run, times=hits)
                     hits = 0

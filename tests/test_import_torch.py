@@ -128,9 +128,9 @@ def test_classes_are_those_given(make_import, tmp_path):
 def test_files_that_torch_saved(scripts, tmp_path):
     torch = pytest.importorskip("torch")
     path, read = tmp_path / "x.pth", scripts.import_torch.read_state_dict
-    for saved in ({"a": torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))}, {"a": torch.ones(2)}):
+    for saved in ({"a.weight": torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))}, {"a.weight": torch.ones(2)}):
         torch.save(saved, path)
-        np.testing.assert_array_equal(read(path)["a"], np.ones(2, np.float32))
+        np.testing.assert_array_equal(read(path)["a.weight"], np.ones(2, np.float32))
     for saved, reason in (
         ({"model": {}}, "no state dict"),
         (torch.nn.Linear(1, 1), r"holds other objects than tensors \(torch.nn.modules.linear.Linear\)"),
