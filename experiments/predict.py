@@ -48,7 +48,7 @@ class Options:
 
 def find(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The files that are meant, each once, and a line for each pattern that means none."""
-    from unet_jax.predict import FORMATS
+    from unet_jax.data.pictures import FORMATS
 
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     found: dict[Path, Path] = {}
@@ -95,7 +95,7 @@ def prepare_folder(out: Path, names: Sequence[str], pictures: Sequence[Path]) ->
 
 def groups(pictures: Sequence[Path], names: Sequence[str], most: int) -> Iterator[list[tuple[Path, str]]]:
     """Pictures and names in groups of at most `most` and GROUP_PIXELS: what is in memory at once is bounded."""
-    from unet_jax.predict import FORMATS
+    from unet_jax.data.pictures import FORMATS
 
     group: list[tuple[Path, str]] = []
     total = 0
@@ -115,9 +115,9 @@ def groups(pictures: Sequence[Path], names: Sequence[str], most: int) -> Iterato
 
 def read(path: Path, name: str, options: Options, predictor: "Predictor") -> tuple[str, np.ndarray, np.ndarray | None]:
     """The name, the picture, and in resize mode what the network is to see of it."""
-    from unet_jax.predict import read_picture
+    from unet_jax.data.pictures import WHITE, read_picture
 
-    image = read_picture(path)
+    image = read_picture(path, predictor.config.data.white or WHITE)
     return name, image, predictor.shrink(image) if options.mode == "resize" else None
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 
 from unet_jax import checkpoint, device, predict, runs, train
 from unet_jax.config import ModelConfig, default_config, to_dict
+from unet_jax.data import pictures
+from unet_jax.data.pictures import read_picture
 from unet_jax.errors import InputError
 from unet_jax.plots import palette
 
@@ -191,7 +193,7 @@ def test_kinds_of_pictures(tmp_path, mode):
         image = image.convert(mode)
     if mode != "turned":
         image.save(path)
-    np.testing.assert_array_equal(predict.read_picture(path), expected)
+    np.testing.assert_array_equal(read_picture(path), expected)
 
 
 def test_unreadable_pictures(tmp_path, monkeypatch):
@@ -206,11 +208,11 @@ def test_unreadable_pictures(tmp_path, monkeypatch):
     ):
         path.write_bytes(content) if content is not None else path.unlink()
         with pytest.raises(InputError, match=f"{path.name}: .*{reason}"):
-            predict.read_picture(path)
+            read_picture(path)
     path.write_bytes(data)
-    monkeypatch.setattr(predict, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
     with pytest.raises(InputError, match=r"40x40 pixels"):
-        predict.read_picture(path)
+        read_picture(path)
 
 
 def test_mutated_pictures_are_read_or_refused(tmp_path):
@@ -231,7 +233,7 @@ def test_mutated_pictures_are_read_or_refused(tmp_path):
         path = tmp_path / "a"
         path.write_bytes(data)
         try:
-            image = predict.read_picture(path)
+            image = read_picture(path)
             assert (image.ndim, image.dtype) == (3, np.uint8)
         except InputError as error:
             refused.append(str(error))

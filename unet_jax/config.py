@@ -24,6 +24,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Augment = Literal["none", "basic", "strong"]
 Schedule = Literal["constant", "cosine"]
 DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic", "folder"]
+Meaning = Literal["class", "ignored"]
 
 
 class Variant(NamedTuple):
@@ -67,9 +68,13 @@ class DataConfig:
     class_names: tuple[str, ...] = ("pet", "background", "border")
     """A name for each class, in the order of the labels. Default for a folder: of its classes.json, or counted."""
     test_fraction: float = 0.2
-    """Share of a folder's pictures that the test split gets, where it has no train.txt or test.txt."""
+    """Share of a folder's pictures that the test split gets, where it has no train.txt or test.txt; 0: no test."""
     validation_fraction: float = 0.0
     """Share of the training pictures that is kept from training, and chooses the best epoch; test then waits for it."""
+    mask_255: Meaning | None = None
+    """What 255 is in a folder's masks: the second of two classes, or no class. Default: what all masks together say."""
+    white: int | None = 65535
+    """The value of 16-bit grey pictures that is white. Default for a folder: the most of as many bits as they use."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ class RunConfig:
 
 # Two runs that differ in these alone are the same run: folders, how long to go on, and memory for time.
 NOT_COMPARED = {"data.data_dir", "train.epochs", "model.remat"}
+FOUND = {"data.mask_255", "data.white"}  # in the data, and compared where a run has found them
 
 
 def default_config(variant: str, dataset: DatasetName) -> RunConfig:
@@ -158,7 +164,7 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
         data = DataConfig(dataset, image_size=64, train_examples=counts["train"], test_examples=counts["test"])
         return RunConfig(variant, data, model, replace(train, batch_size=16, epochs=5))
     if dataset == "folder":
-        data = DataConfig(dataset, class_names=())
+        data = DataConfig(dataset, class_names=(), white=None)
         return RunConfig(variant, data, model, replace(train, batch_size=FOLDER_BATCH_SIZE))
     return RunConfig(variant, DataConfig(dataset), model, train)
 
@@ -190,6 +196,7 @@ def check_config(config: RunConfig) -> None:
     if not (math.isfinite(train.learning_rate) and train.learning_rate > 0):
         raise InputError(f"--learning-rate is {train.learning_rate}: it must be positive and finite")
     shares = {"dropout-rate": model.dropout_rate, "ema": train.ema, "validation-fraction": data.validation_fraction}
+    shares["test-fraction"] = data.test_fraction
     for flag, share in shares.items():
         if not 0 <= share < 1:
             raise InputError(f"--{flag} is {share}: it must be at least 0 and below 1")
@@ -200,8 +207,8 @@ def check_config(config: RunConfig) -> None:
         raise InputError(f"--warmup-epochs is {train.warmup_epochs}: it must be below --epochs {train.epochs}")
     if train.seed < 0:
         raise InputError(f"--seed is {train.seed}: it must not be negative")
-    if not 0 < data.test_fraction < 1:
-        raise InputError(f"--test-fraction is {data.test_fraction}: it must be above 0 and below 1")
+    if data.white is not None and not 0 < data.white < 65536:
+        raise InputError(f"--white is {data.white}: it must be from 1 to 65535")
     check_size(data.image_size, data.image_size, len(model.widths))
     names = [name for _, name in loss_terms(train.loss)]
     if train.class_weights and "cross_entropy" not in names:
@@ -259,6 +266,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """
     ignored = NOT_COMPARED - ({"train.epochs"} if new.train.schedule == "cosine" else set())
     before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    ignored |= {name for name in FOUND if before[name] is None}
     return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and k not in ignored]
 
 

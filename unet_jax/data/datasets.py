@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from unet_jax.config import FOLDER_BATCH_SIZE, SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig
-from unet_jax.data import oxford_iiit_pet, synthetic
+from unet_jax.data import folder, oxford_iiit_pet, synthetic
 from unet_jax.data.source import Source
 from unet_jax.errors import InputError
 
@@ -46,12 +46,13 @@ def complete(config: RunConfig) -> RunConfig:
     data, train = config.data, config.train
     if data.dataset != "folder":
         return config
+    data = folder.complete(data, train.seed)
     source = sources(data, train.seed)["train"]
     if train.batch_size == FOLDER_BATCH_SIZE:
         train = dataclasses.replace(
             train, batch_size=min(FOLDER_BATCH_SIZE, source.size, data.train_examples or source.size)
         )
-    return dataclasses.replace(config, data=dataclasses.replace(data, class_names=source.class_names), train=train)
+    return dataclasses.replace(config, data=data, train=train)
 
 
 def sources(config: DataConfig, seed: int) -> dict[str, Source]:
@@ -65,9 +66,7 @@ def sources(config: DataConfig, seed: int) -> dict[str, Source]:
         counts = {split: asked[split] or default for split, default in SYNTHETIC_EXAMPLES.items()}
         return {split: synthetic.source(split, n, config.image_size, seed) for split, n in counts.items()}
     if config.dataset == "folder":
-        from unet_jax.data import folder  # with JAX, for which other datasets' checks of flags are not to wait
-
-        return folder.sources(Path(config.data_dir or "."), config.class_names, config.test_fraction, seed)
+        return folder.sources(config, seed)
     data_dir = Path(config.data_dir) if config.data_dir else oxford_iiit_pet.default_data_dir()
     if not oxford_iiit_pet.is_prepared(data_dir):
         oxford_iiit_pet.prepare(data_dir)

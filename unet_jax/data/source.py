@@ -18,7 +18,8 @@ class Source(NamedTuple):
     """One split of a dataset. Nothing is opened before the first `read`.
 
     `identity` is what the pictures depend on, in JSON's types: the cache is keyed by it. `read(i)`, for 0 <= i < size,
-    may be called from many threads and raises InputError, naming the picture, for one that cannot be read.
+    may be called from many threads and raises InputError, naming the picture, for one that cannot be read. `validation`
+    are the names of those that are to be kept for validation, where the dataset itself says so.
     """
 
     dataset: str
@@ -27,3 +28,4 @@ class Source(NamedTuple):
     identity: Mapping[str, object]
     size: int
     read: Callable[[int], Example]
+    validation: frozenset[str] = frozenset()
