@@ -115,25 +115,29 @@ def train_run(options: Options, placement: "Placement") -> None:
     names = [split.names for split in splits.values()]
     shared = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=None))
     processes.check_agreement((shared, options.overwrite, options.deterministic, folder.name, names))
-    training, validation = validation_rows(splits["train"].names, config.data.validation_fraction, config.train.seed)
+    training, validation = validation_rows(
+        splits["train"].names, config.data.validation_fraction, config.train.seed, splits["train"].validation
+    )
     placement.check_batch(batch_size, len(training), len(validation))
     train = Loader(splits["train"], batch_size, placement, training)
-    test = Loader(splits["test"], batch_size, placement)
+    test = Loader(splits["test"], batch_size, placement) if "test" in splits else None
     held_out = Loader(splits["train"], batch_size, placement, validation) if len(validation) else test
     goes_on = not options.overwrite and checkpoint.exists(folder / "checkpoints")
     initial = None if goes_on else start_from(config, placement)  # what it refuses leaves no folder behind
     with runs.lock(folder):
         if options.overwrite:
             runs.clear(folder)
+        split = {"train": train, "validation": held_out if len(validation) else None, "test": test}
+        runs.write_split(folder, {name: loader.names if loader else [] for name, loader in split.items()}, goes_on)
         start = initial or resume(folder, config, placement)
         if start.progress.steps(len(train)) != int(start.state.step):
             raise InputError(f"{folder} was trained on other pictures: choose another --workdir, or --overwrite")
         runs.write_json(folder / "config.json", to_dict(config))
-        runs.write_json(folder / "environment.json", runs.environment())
+        runs.write_json(folder / "environment.json", runs.environment() | runs.way_to_data(folder, config))
         print(f"{config.variant} on {config.data.dataset}: {len(train)} steps an epoch, files in {folder}")
         steps = make_steps(config, placement, options.deterministic, len(train))
         state, records = train_epochs(config, folder, steps, train, held_out, start)
-        finish(config, folder, steps, state, records, test)
+        finish(config, folder, steps, state, records, test, test or held_out or train)
 
 
 def _is_done(folder: Path, config: RunConfig, overwrite: bool) -> bool:
@@ -155,7 +159,7 @@ def _is_done(folder: Path, config: RunConfig, overwrite: bool) -> bool:
 
 
 def load_splits(config: RunConfig, cache_dir: str | None) -> "dict[str, Split]":
-    """Both splits as cached arrays, after the checks that need their sizes alone."""
+    """The splits that have pictures as cached arrays, after the checks that need their sizes alone."""
     from unet_jax.data.cache import default_cache_dir, load_split
     from unet_jax.data.datasets import sources
 
@@ -167,7 +171,11 @@ def load_splits(config: RunConfig, cache_dir: str | None) -> "dict[str, Split]":
     if config.train.batch_size > available:
         raise InputError(f"--batch-size {config.train.batch_size} is larger than the {available} training pictures")
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
-    return {name: load_split(source, data.image_size, counts[name], cache) for name, source in found.items()}
+    if not found["test"].size:
+        print("there are no pictures to test on: all are trained on, but for what is kept for validation")
+    return {
+        name: load_split(source, data.image_size, counts[name], cache) for name, source in found.items() if source.size
+    }
 
 
 def start_from(config: RunConfig, placement: "Placement") -> "Restored":
@@ -202,7 +210,7 @@ def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored
 
 
 def train_epochs(
-    config: RunConfig, folder: Path, steps: "Steps", train: "Loader", held_out: "Loader", start: "Restored"
+    config: RunConfig, folder: Path, steps: "Steps", train: "Loader", held_out: "Loader | None", start: "Restored"
 ) -> "tuple[TrainState, list[dict[str, Any]]]":
     """Trains to the last epoch, by `save_epochs`, and tells what can go wrong on the way as InputErrors."""
     import jax
@@ -231,7 +239,7 @@ def save_epochs(
     folder: Path,
     steps: "Steps",
     train: "Loader",
-    held_out: "Loader",
+    held_out: "Loader | None",
     start: "Restored",
     records: list[dict[str, Any]],
 ) -> "tuple[TrainState, bool]":
@@ -244,7 +252,7 @@ def save_epochs(
     from unet_jax.train import StepResult, fit
 
     state, stop = start.state, False
-    display = Display(Clock(config.train.epochs, len(train), len(held_out), int(state.step)), len(train))
+    display = Display(Clock(config.train.epochs, len(train), len(held_out or ()), int(state.step)), len(train))
     has_best = config.data.validation_fraction > 0
     with (
         checkpoint.manager(folder / "checkpoints", int(state.step)) as checkpoints,
@@ -302,6 +310,8 @@ class Display:
         name = {"test": "Test set", "validation": "Validation part"}[part]
         self.bar.set_postfix_str(f"loss {record['last_batch_loss']:.4f}")
         self.close()
+        if "loss" not in scores:
+            return
         print(
             f"{name}: average loss {scores['loss']:.4f},"
             f" mean IoU {scores['mean_iou']:.4f}, pixel accuracy {scores['pixel_accuracy']:.4f}"
@@ -338,25 +348,36 @@ class Clock:
 
 
 def finish(
-    config: RunConfig, folder: Path, steps: "Steps", state: "TrainState", records: list[dict[str, Any]], test: "Loader"
+    config: RunConfig,
+    folder: Path,
+    steps: "Steps",
+    state: "TrainState",
+    records: list[dict[str, Any]],
+    test: "Loader | None",
+    shown: "Loader",
 ) -> None:
     """The figures, the summary and the last line; with a validation part, of the best epoch, which now meets test."""
     import jax
     import numpy as np
 
     from unet_jax import plots, runs
+    from unet_jax.metrics import scores_csv
     from unet_jax.train import evaluate
 
+    names, data = config.data.class_names, config.data
     scores = records[-1]
-    if config.data.validation_fraction:
-        _, best = runs.load(folder, test.placement, config)
+    if data.validation_fraction:
+        _, best = runs.load(folder, shown.placement, config)
         for line in best.skipped:
             print(line, file=sys.stderr)
-        state, epoch = best.state, len(best.progress.records)
-        scores = {"epoch": epoch, **evaluate(steps.evaluate, state, test, config.data.class_names)[0]}
-    names, data = config.data.class_names, config.data
+        state, scores = best.state, best.progress.records[-1]
+    if test:
+        of_test, sums = evaluate(steps.evaluate, state, test, names)
+        runs.write_text(folder / "scores.csv", scores_csv(test.names, np.asarray(sums.confusion), names))
+        scores = {"epoch": scores["epoch"], **of_test} if data.validation_fraction else scores
     title = f"{config.variant} on {data.dataset} ({data.image_size}x{data.image_size}, {len(records)} epochs)"
-    images, labels = np.asarray(test.split.images[:10]), np.asarray(test.split.labels[:10])
+    rows = shown.rows[:10]
+    images, labels = np.asarray(shown.split.images[rows]), np.asarray(shown.split.labels[rows])
     predictions = np.asarray(steps.predict(state, images))
     if jax.process_index() > 0:
         return
@@ -370,13 +391,12 @@ def finish(
         "seconds": sum(r["seconds"] + r["evaluation_seconds"] for r in records),
         "final": records[-1],
     }
-    if scores is not records[-1]:
+    if test and data.validation_fraction:
         summary["test"] = scores
     runs.write_json(folder / "summary.json", summary)
-    print(
-        f"{config.variant} on {data.dataset}: test loss {scores['test_loss']:.4f},"
-        f" mean IoU {scores['mean_iou']:.4f} after {scores['epoch']} epochs; figures in {folder}"
-    )
+    part, of_part = plots.held_out(scores)
+    said = f"{part} loss {of_part['loss']:.4f}, mean IoU {of_part['mean_iou']:.4f}" if "loss" in of_part else "no test"
+    print(f"{config.variant} on {data.dataset}: {said} after {scores['epoch']} epochs; figures in {folder}")
 
 
 def main() -> None:
@@ -408,7 +428,10 @@ def train_runs(runs_asked_for: list[Options]) -> None:
     if len(runs_asked_for) > 1 and jax.process_index() == 0:
         from report import write_comparison
 
-        write_comparison([Path(options.workdir or ".") for options in runs_asked_for])
+        try:
+            write_comparison([Path(options.workdir or ".") for options in runs_asked_for])
+        except InputError as error:  # such as runs that have no test
+            print(f"no comparison: {error}")
 
 
 if __name__ == "__main__":

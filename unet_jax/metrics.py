@@ -1,5 +1,7 @@
 """Segmentation metrics: sums made on the device picture by picture, scores made from them on the host."""
 
+import csv
+import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -72,6 +74,22 @@ def scores(sums: PictureSums, class_names: Sequence[str]) -> dict[str, Any]:
         overlap = confusion[np.ix_(is_object, is_object)].sum()
         result["binary_iou"] = float(overlap / max(confusion.sum() - confusion[ground, ground], 1))
     return result
+
+
+def scores_csv(names: Sequence[str], confusion: np.ndarray, class_names: Sequence[str]) -> str:
+    """A table of CSV with a line for each of N pictures, from their confusion matrices [N, C, C].
+
+    Empty cells: a class neither true nor predicted there, or a picture without a pixel that counts.
+    """
+    file = io.StringIO()
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(["picture", "mean_iou", "pixel_accuracy", *(f"iou_{name}" for name in class_names)])
+    iou, _ = class_scores(confusion)
+    for name, matrix, by_class in zip(names, confusion, iou, strict=True):
+        pixels = int(matrix.sum())
+        overall = [float(mean_iou(matrix)), float(np.trace(matrix) / pixels)] if pixels else [np.nan, np.nan]
+        table.writerow([name, *("" if np.isnan(v) else f"{v:.6f}" for v in (*overall, *by_class))])
+    return file.getvalue()
 
 
 def _by_name(class_names: Sequence[str], values: np.ndarray) -> dict[str, float | None]:

@@ -14,11 +14,14 @@ COLOURS = ("#e69f00", "#24476b", "#f5f5f0", "#009e73", "#cc79a7", "#56b4e9", "#d
 
 
 def held_out(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """("test" or "validation", that part's metrics by name: loss, mean_iou, iou, ...) of a line of metrics.jsonl."""
+    """("test" or "validation", that part's metrics by name: loss, mean_iou, iou, ...) of a line of metrics.jsonl.
+
+    Without either part the metrics have no loss, mean_iou and iou.
+    """
     part = "validation" if "validation_loss" in record else "test"
     prefix = "validation_" if part == "validation" else ""
     metrics = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
-    return part, metrics | {"loss": record[f"{part}_loss"]}
+    return part, metrics | ({"loss": record[f"{part}_loss"]} if f"{part}_loss" in record else {})
 
 
 def palette(classes: int) -> np.ndarray:
@@ -49,12 +52,13 @@ def metrics_figure(records: Sequence[Mapping[str, Any]], title: str) -> "Figure"
     losses, iou = figure.subplots(1, 2)
     epochs = [r["epoch"] for r in records]
     losses.plot(epochs, [r["train_loss"] for r in records], "o-", ms=3, label="train (mean of the epoch)")
-    part, _ = held_out(records[-1])
-    scores = [metrics for _, metrics in map(held_out, records)]
+    part, last = held_out(records[-1])
+    scores = [metrics for _, metrics in map(held_out, records)] if "loss" in last else []
+    epochs = epochs[: len(scores)]
     losses.plot(epochs, [s["loss"] for s in scores], "o-", ms=3, label=part)
     losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     iou.plot(epochs, [s["mean_iou"] for s in scores], "k-o", ms=3, lw=2, label="mean")
-    for name in scores[-1]["iou"]:
+    for name in scores[-1]["iou"] if scores else ():
         iou.plot(epochs, [s["iou"][name] for s in scores], "o-", ms=2, lw=1, label=name)
     iou.set(xlabel="epoch", ylabel=f"{part} IoU", ylim=(0, 1))
     for axes in (losses, iou):

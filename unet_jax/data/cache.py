@@ -23,11 +23,15 @@ ARRAYS = ("images", "labels")
 
 
 class Split(NamedTuple):
-    """images uint8 [N, S, S, 3], labels uint8 [N, S, S] (both may be memory-mapped), names of the N pictures."""
+    """images uint8 [N, S, S, 3], labels uint8 [N, S, S] (both may be memory-mapped), names of the N pictures.
+
+    validation has the names of those that the dataset itself keeps for validation.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     names: list[str]
+    validation: frozenset[str] = frozenset()
 
 
 def default_cache_dir() -> Path:
@@ -63,7 +67,7 @@ def load_split(source: Source, size: int, examples: int | None, cache_dir: Path)
         split = _open(folder)
         if split is None:
             raise InputError(f"the cache in {folder} cannot be read back: check the disk, or give another --cache-dir")
-    return split
+    return split._replace(validation=source.validation)
 
 
 def _open(folder: Path) -> Split | None:

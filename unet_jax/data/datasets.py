@@ -1,6 +1,7 @@
 """From a config's dataset to its sources: which dataset it is to be, and where it comes from."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from unet_jax.config import FOLDER_BATCH_SIZE, SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig
@@ -49,9 +50,9 @@ def complete(config: RunConfig) -> RunConfig:
     data = folder.complete(data, train.seed)
     source = sources(data, train.seed)["train"]
     if train.batch_size == FOLDER_BATCH_SIZE:
-        train = dataclasses.replace(
-            train, batch_size=min(FOLDER_BATCH_SIZE, source.size, data.train_examples or source.size)
-        )
+        available = min(source.size, data.train_examples or source.size)
+        available -= round(available * data.validation_fraction)
+        train = dataclasses.replace(train, batch_size=max(1, min(FOLDER_BATCH_SIZE, available)))
     return dataclasses.replace(config, data=data, train=train)
 
 
@@ -71,3 +72,19 @@ def sources(config: DataConfig, seed: int) -> dict[str, Source]:
     if not oxford_iiit_pet.is_prepared(data_dir):
         oxford_iiit_pet.prepare(data_dir)
     return {split: oxford_iiit_pet.source(data_dir, split) for split in ("train", "test")}
+
+
+def whole(parts: Mapping[str, Source]) -> Source:
+    """All pictures of all splits as one split, "all"."""
+    where = [(part, i) for part in parts.values() for i in range(part.size)]
+    first = next(iter(parts.values()))
+    identity = {"parts": [dict(part.identity) for part in parts.values()]}
+    return Source(
+        first.dataset,
+        "all",
+        first.class_names,
+        identity,
+        len(where),
+        lambda i: where[i][0].read(where[i][1]),
+        [name for part in parts.values() for name in part.names],
+    )

@@ -82,9 +82,10 @@ def sources(data: DataConfig, seed: int) -> dict[str, Source]:
         files = [(file.path.name, file.size, file.time) for pair in pairs for file in (pair.picture, pair.mask)]
         how = {"reading": READING, "table": table, "binary": reading.meaning == "class", "white": white}
         identity = {"folder": str(Path(data.data_dir or ".").resolve()), "files": files, **how}
-        kept = frozenset(pair.stem for pair in splits["validation"]) if split == "train" else frozenset[str]()
+        stems = [pair.stem for pair in pairs]
+        kept = frozenset(pair.stem for pair in splits["validation"]) & {*stems}
         read = functools.partial(_example, pairs, table, reading.meaning, white)
-        return Source("folder", split, reading.names, identity, len(pairs), read, kept)
+        return Source("folder", split, reading.names, identity, len(pairs), read, stems, kept)
 
     # Mixed evenly: of the first N both have their share.
     both = [splits["train"], splits["validation"]]
