@@ -1,6 +1,7 @@
 """Segments pictures with a run's checkpoint: `python experiments/predict.py runs/mp_tr_dice photos/ --out masks`."""
 
 import dataclasses
+import functools
 import glob
 import itertools
 import os
@@ -23,6 +24,7 @@ from unet_jax.errors import InputError, exit_on_input_error
 if TYPE_CHECKING:
     from unet_jax.predict import Predictor
 
+tell_once = functools.cache(print)
 GROUP_PIXELS = 2**24  # pictures read, segmented and written together, unless a single one has more
 
 
@@ -42,26 +44,37 @@ class Options:
     """Side of the windows; smaller ones take less memory and more time. Default: what suits the network."""
     tta: bool = False
     """Average the probabilities over the four flips of a picture: four times the work."""
+    white: int | None = None
+    """The value of 16-bit grey pictures that is white. Default: as in the run's pictures."""
     probabilities: bool = False
     """Write NAME_probabilities.npz too: float32 [H, W, classes] as `probabilities`, and `class_names`."""
 
 
 def find(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The files that are meant, each once, and a line for each pattern that means none."""
-    from unet_jax.data.pictures import FORMATS
+    from unet_jax.data.pictures import FORMATS, kinds
 
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     found: dict[Path, Path] = {}
     bad = []
     for pattern in patterns:
         is_folder = os.path.isdir(pattern)  # False for a name that is too long, where Path raises
+        others = ""
         if is_folder:
-            files = [p for p in sorted(Path(pattern).iterdir()) if p.suffix.lower() in suffixes and p.is_file()]
+            inside = [p for p in sorted(Path(pattern).iterdir()) if not p.name.startswith(".")]
+            files = [p for p in inside if p.suffix.lower() in suffixes and p.is_file()]
+            others = kinds([p for p in inside if p not in files])
+            if files and others:
+                print(
+                    f"{pattern} holds other than pictures of known formats, which is left out: {others}",
+                    file=sys.stderr,
+                )
         else:
             matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             files = [p for p in map(Path, matches) if p.is_file()]
         if not files:
-            bad.append(f"{pattern}: {'the folder has no pictures' if is_folder else 'there is no such file'}")
+            nothing = f"the folder has no pictures of known formats{others and f' ({others})'}"
+            bad.append(f"{pattern}: {nothing if is_folder else 'there is no such file'}")
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values()), bad
@@ -115,9 +128,14 @@ def groups(pictures: Sequence[Path], names: Sequence[str], most: int) -> Iterato
 
 def read(path: Path, name: str, options: Options, predictor: "Predictor") -> tuple[str, np.ndarray, np.ndarray | None]:
     """The name, the picture, and in resize mode what the network is to see of it."""
-    from unet_jax.data.pictures import WHITE, read_picture
+    from unet_jax.data.pictures import WHITE, decode, scale, white_of
 
-    image = read_picture(path, predictor.config.data.white or WHITE)
+    white = options.white or predictor.config.data.white or WHITE
+    pixels = decode(path)
+    if 0 < 16 * pixels.brightest < white:
+        text = f"{path.parent} has 16-bit pictures that are nearly black, if {white} is white as the run has it"
+        tell_once(f"{text}: --white {white_of(pixels.brightest)} suits them", file=sys.stderr)
+    image = scale(pixels.values, white)
     return name, image, predictor.shrink(image) if options.mode == "resize" else None
 
 
@@ -197,6 +215,8 @@ def main(options: Options) -> int:
     from unet_jax.data.cache import default_cache_dir
     from unet_jax.predict import load
 
+    if options.white is not None and not 0 < options.white < 65536:
+        raise InputError(f"--white is {options.white}: it must be from 1 to 65535")
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told once, at the end
     pictures, bad = find(options.pictures)
     if not pictures:

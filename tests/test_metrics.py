@@ -8,7 +8,7 @@ import pytest
 
 from unet_jax.config import IGNORE_LABEL
 from unet_jax.losses import cross_entropy, log_dice
-from unet_jax.metrics import PictureSums, class_scores, mean_iou, picture_sums, scores
+from unet_jax.metrics import PictureSums, class_scores, mean_iou, picture_sums, scores, scores_csv
 
 NAMES = ("pet", "background", "border")
 RNG = np.random.default_rng(0)
@@ -115,6 +115,16 @@ def test_scores_do_not_depend_on_the_batch_size():
         assert alike[name] == pytest.approx(expected[name], rel=1e-6)
     # Padding makes no difference either.
     assert scores(PictureSums(*(array[:5] for array in joined)), NAMES) == alike
+
+
+def test_scores_of_each_picture_as_csv():
+    confusion = np.array([[[3, 1, 0], [0, 4, 0], [0, 0, 0]], np.zeros((3, 3), int)])
+    lines = scores_csv(["a,b", "void"], confusion, NAMES).splitlines()
+    assert lines == [
+        "picture,mean_iou,pixel_accuracy,iou_pet,iou_background,iou_border",
+        '"a,b",0.775000,0.875000,0.750000,0.800000,',
+        "void,,,,,",
+    ]
 
 
 def test_strict_promotion_and_bfloat16_logits():

@@ -289,6 +289,28 @@ def test_command_refuses(run, tmp_path, script, monkeypatch):
     assert script.main(script.Options(run, (str(tmp_path / "bad.png"),), tmp_path / "out")) == 2
 
 
+def test_what_a_folder_holds_besides_is_told(tmp_path, script, capsys):
+    for name in ("a.png", "b.heic", "c.HEIC", "d.jp2", "e"):
+        Image.fromarray(picture(8, 8)).save(tmp_path / name, "PNG")
+    (tmp_path / "more").mkdir()
+    assert script.find([str(tmp_path)]) == ([tmp_path / "a.png"], [])
+    others = "2 .heic, 1 .jp2, 1 without an ending, 1 folder"
+    assert f"which is left out: {others}\n" in capsys.readouterr().err
+    (tmp_path / "a.png").unlink()
+    assert script.find([str(tmp_path)]) == ([], [f"{tmp_path}: the folder has no pictures of known formats ({others})"])
+
+
+@pytest.mark.parametrize(("of_run", "given", "expected"), [(4095, None, 255), (65535, 4095, 255), (65535, None, 15)])
+def test_16_bits_are_read_as_the_run_read_them(tmp_path, script, capsys, predictor, of_run, given, expected):
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "a.png")
+    data = dataclasses.replace(predictor.config.data, white=of_run)
+    same = dataclasses.replace(predictor, config=dataclasses.replace(predictor.config, data=data))
+    options = script.Options(tmp_path, (), tmp_path, white=given)
+    _, image, _ = script.read(tmp_path / "a.png", "a", options, same)
+    assert (image == expected).all()
+    assert ("--white 4095 suits them" in capsys.readouterr().err) == (expected == 15)
+
+
 def test_names_are_each_their_own(script):
     paths = [Path(p) for p in ("/a/x.png", "/b/X.png", "/a/x.jpg", "/a/y.png", "/c/a-x.png")]
     assert script.name_outputs(paths) == ["a-x", "b-X", "a-x-2", "y", "a-x-3"]

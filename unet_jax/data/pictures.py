@@ -1,5 +1,7 @@
 """Picture files as arrays, read in one way for training and for predictions."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +97,12 @@ def one_of_one(image: Image.Image) -> None:
         frames = count
     if frames > 1:
         raise InputError(f"holds {frames} pictures (pages or frames): save each in a file of its own")
+
+
+def kinds(paths: Sequence[Path]) -> str:
+    """How many files there are of each kind: "3 .heic, 1 folder"."""
+    counts = Counter("folder" if p.is_dir() else p.suffix.lower() or "without an ending" for p in paths)
+    return ", ".join(f"{count} {kind}{'s' * (kind == 'folder' and count > 1)}" for kind, count in counts.most_common())
 
 
 def _array(image: Image.Image) -> np.ndarray:
