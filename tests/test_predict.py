@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from unet_jax import checkpoint, device, predict, runs, train
-from unet_jax.config import ModelConfig, default_config, to_dict
+from unet_jax.config import DataConfig, ModelConfig, default_config, to_dict
+from unet_jax.data import pictures
+from unet_jax.data.pictures import read_picture
 from unet_jax.errors import InputError
 from unet_jax.plots import palette
 
@@ -234,7 +236,7 @@ def test_kinds_of_pictures(tmp_path, mode):
         image = image.convert(mode)
     if mode != "turned":
         image.save(path)
-    np.testing.assert_array_equal(predict.read_picture(path), expected)
+    np.testing.assert_array_equal(read_picture(path), expected)
 
 
 def test_unreadable_pictures(tmp_path, monkeypatch):
@@ -249,11 +251,11 @@ def test_unreadable_pictures(tmp_path, monkeypatch):
     ):
         path.write_bytes(content) if content is not None else path.unlink()
         with pytest.raises(InputError, match=f"{path.name}: .*{reason}"):
-            predict.read_picture(path)
+            read_picture(path)
     path.write_bytes(data)
-    monkeypatch.setattr(predict, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
     with pytest.raises(InputError, match=r"40x40 pixels"):
-        predict.read_picture(path)
+        read_picture(path)
 
 
 def test_mutated_pictures_are_read_or_refused(tmp_path):
@@ -274,7 +276,7 @@ def test_mutated_pictures_are_read_or_refused(tmp_path):
         path = tmp_path / "a"
         path.write_bytes(data)
         try:
-            image = predict.read_picture(path)
+            image = read_picture(path)
             assert (image.ndim, image.dtype) == (3, np.uint8)
         except InputError as error:
             refused.append(str(error))
@@ -330,6 +332,28 @@ def test_command_refuses(run, tmp_path, script, monkeypatch):
     assert script.main(script.Options(run, (str(tmp_path / "bad.png"),), tmp_path / "out")) == 2
 
 
+def test_what_a_folder_holds_besides_is_told(tmp_path, script, capsys):
+    for name in ("a.png", "b.heic", "c.HEIC", "d.jp2", "e"):
+        Image.fromarray(picture(8, 8)).save(tmp_path / name, "PNG")
+    (tmp_path / "more").mkdir()
+    assert script.find([str(tmp_path)]) == ([tmp_path / "a.png"], [])
+    others = "2 .heic, 1 .jp2, 1 without an ending, 1 folder"
+    assert f"which is left out: {others}\n" in capsys.readouterr().err
+    (tmp_path / "a.png").unlink()
+    assert script.find([str(tmp_path)]) == ([], [f"{tmp_path}: the folder has no pictures of known formats ({others})"])
+
+
+@pytest.mark.parametrize(("of_run", "given", "expected"), [(4095, None, 255), (65535, 4095, 255), (65535, None, 15)])
+def test_16_bits_are_read_as_the_run_read_them(tmp_path, script, capsys, predictor, of_run, given, expected):
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "a.png")
+    data = dataclasses.replace(predictor.config.data, white=of_run)
+    same = dataclasses.replace(predictor, config=dataclasses.replace(predictor.config, data=data))
+    options = script.Options(tmp_path, (), tmp_path, white=given)
+    _, image, _ = script.read(tmp_path / "a.png", "a", options, same)
+    assert (image == expected).all()
+    assert ("--white 4095 suits them" in capsys.readouterr().err) == (expected == 15)
+
+
 def test_names_are_each_their_own(script):
     paths = [Path(p) for p in ("/a/x.png", "/b/X.png", "/a/x.jpg", "/a/y.png", "/c/a-x.png")]
     assert script.name_outputs(paths) == ["a-x", "b-X", "a-x-2", "y", "a-x-3"]
@@ -358,7 +382,7 @@ def test_what_is_cut_off_leaves_the_file_before(tmp_path, script, monkeypatch, k
         )
     options = script.Options(tmp_path, (), tmp_path, mode="tile", probabilities=True)
     with pytest.raises(KeyboardInterrupt):
-        script.write("x", picture(8, 8), np.zeros((8, 8, 3), np.float32), options, ("a", "b", "c"))
+        script.write("x", picture(8, 8), np.zeros((8, 8, 3), np.float32), options, DataConfig())
     assert path.read_text() == "before"
     assert not list(tmp_path.glob(".*"))
 

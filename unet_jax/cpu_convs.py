@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 
 from unet_jax.batch_norm import Scaled, value_of
-from unet_jax.data.cache import default_cache_dir
+from unet_jax.folders import default_cache_dir
 from unet_jax.ops import channel_sum, conv
 
 LANES = 16  # every number of features is a multiple of it

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from unet_jax import device, runs
 from unet_jax.checkpoint import Restored
@@ -19,7 +19,6 @@ from unet_jax.data.cache import resize
 from unet_jax.data.source import Example
 from unet_jax.errors import InputError
 from unet_jax.model import UNet
-from unet_jax.plots import colour_labels
 from unet_jax.train import TrainState, infer, inference_state, make_model
 
 Mode = Literal["resize", "tile", "native"]
@@ -31,12 +30,6 @@ FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "all": ((), (1,), (2,), (1, 2)),
 }
 Images = np.ndarray | Sequence[np.ndarray]
-Image.init()
-# The common formats, and none whose reader starts other programs.
-FORMATS: list[str] = [
-    name for name in ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM") if name in Image.OPEN
-]
-MAX_PIXELS = 89_478_485  # of a picture; Pillow's own limit for what may be a decompression bomb
 UNIT = 128  # tile mode pads sides to multiples of it: pictures of many sizes make few shapes to compile
 
 
@@ -212,49 +205,3 @@ def windows(size: int, tile: int, margin: int) -> list[tuple[int, np.ndarray]]:
         row[origin : origin + tile] = t * t * (3 - 2 * t)
     weights /= weights.sum(0)
     return [(origin, row[origin : origin + tile]) for row, origin in zip(weights, origins, strict=True)]
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """The picture in a file as uint8 [H, W, 3]: upright, transparent parts on white, 16 bits scaled to 8.
-
-    Raises:
-      InputError: it cannot be read whole, or is larger than MAX_PIXELS.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"has {image.width}x{image.height} pixels, the limit is {MAX_PIXELS / 1e6:.0f} million"
-                )
-            image.load()
-            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
-    except UnidentifiedImageError:
-        reason = "is no picture of a known format" if path.stat().st_size else "is empty"
-    except Exception as error:  # damaged files fail in as many ways as there are formats
-        reason = f"{error}".split("\n")[0].replace(str(path), "it")[:150] or type(error).__name__
-    raise InputError(f"{path}: {reason}")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise InputError("has floating-point values: save it with 8 or 16 bits")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image.getchannel("A"))
-    return white
-
-
-def overlay(image: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """The picture uint8 [H, W, 3] tinted in the classes' colours, with lines between them."""
-    tints = Image.fromarray(colour_labels(labels, classes))
-    tinted = np.array(Image.blend(Image.fromarray(image), tints, 0.45))
-    width = max(1, round(max(labels.shape) / 400))
-    edges = np.zeros(labels.shape, bool)
-    edges[width:] |= labels[width:] != labels[:-width]
-    edges[:, width:] |= labels[:, width:] != labels[:, :-width]
-    tinted[edges] = 255
-    return tinted

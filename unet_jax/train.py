@@ -265,15 +265,15 @@ def fit(
     steps: Steps,
     state: TrainState,
     train: Loader,
-    held_out: Loader,
+    held_out: Loader | None,
     losses: Sequence[float] = (),
 ) -> Iterator[StepResult | EpochResult]:
     """Trains from `state` to the config's last epoch; a state in the middle of an epoch goes on from there.
 
     `held_out` is what each epoch evaluates: the test split, or where there is a validation fraction that part, whose
-    metrics are recorded as validation_loss, validation_mean_iou and so on. Yields a StepResult after each step and an
-    EpochResult after each epoch. `losses` are those of the steps that the state has behind it in its epoch. A yielded
-    state is good until the next step takes its memory.
+    metrics are recorded as validation_loss, validation_mean_iou and so on; or None, nothing. Yields a StepResult after
+    each step and an EpochResult after each epoch. `losses` are those of the steps that the state has behind it in its
+    epoch. A yielded state is good until the next step takes its memory.
 
     Raises:
       NonFiniteLossError: noticed at the latest when the epoch ends, before its EpochResult.
@@ -296,7 +296,9 @@ def fit(
             for i, batch in enumerate(islice(train.train(config.train.seed, 0), min(whole, STATISTICS_BATCHES))):
                 state = steps.statistics(state, batch, i)
         seconds = time.perf_counter() - start
-        scores_, _ = evaluate(steps.evaluate, state, held_out, config.data.class_names)
+        scores_: dict[str, Any] = {}
+        if held_out is not None:
+            scores_, _ = evaluate(steps.evaluate, state, held_out, config.data.class_names)
         if config.data.validation_fraction:
             scores_ = {f"validation_{name.removeprefix('test_')}": value for name, value in scores_.items()}
         counts = np.full(len(known), train.batch_size)

@@ -25,18 +25,15 @@ ARRAYS = ("images", "labels")
 class Split(NamedTuple):
     """images uint8 [N, S, S, 3], labels uint8 [N, S, S] (both may be memory-mapped), names of the N pictures.
 
-    scale is S over the pictures' own heights and widths: the median of each.
+    scale is S over the pictures' own heights and widths: the median of each. validation has the names of those that the
+    dataset itself keeps for validation.
     """
 
     images: np.ndarray
     labels: np.ndarray
     names: list[str]
     scale: tuple[float, float] | None = None
-
-
-def default_cache_dir() -> Path:
-    """The package's folder under the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet_jax"
+    validation: frozenset[str] = frozenset()
 
 
 def resize(example: Example, size: int) -> Example:
@@ -63,11 +60,16 @@ def load_split(source: Source, size: int, examples: int | None, cache_dir: Path)
     folder = cache_dir / f"{source.dataset}-{source.split}-{size}-{digest}"
     split = _open(folder)
     if split is None:
-        _build(source, size, count, folder)
+        try:
+            _build(source, size, count, folder)
+        except OSError as error:
+            raise InputError(
+                f"the cache in {cache_dir} cannot be written ({error.strerror}): give another --cache-dir"
+            ) from None
         split = _open(folder)
         if split is None:
             raise InputError(f"the cache in {folder} cannot be read back: check the disk, or give another --cache-dir")
-    return split
+    return split._replace(validation=source.validation)
 
 
 def _open(folder: Path) -> Split | None:

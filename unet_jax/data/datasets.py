@@ -1,10 +1,11 @@
 """From a config's dataset to its sources: which dataset it is to be, and where it comes from."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from unet_jax.config import FOLDER_BATCH_SIZE, SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig
-from unet_jax.data import oxford_iiit_pet, synthetic
+from unet_jax.data import folder, oxford_iiit_pet, synthetic
 from unet_jax.data.source import Source
 from unet_jax.errors import InputError
 
@@ -45,8 +46,7 @@ def complete(config: RunConfig) -> RunConfig:
     """
     if config.data.dataset != "folder":
         return config
-    source = sources(config.data, config.train.seed)["train"]
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=source.class_names))
+    return dataclasses.replace(config, data=folder.complete(config.data, config.train.seed))
 
 
 def choose_batch_size(config: RunConfig) -> RunConfig:
@@ -75,10 +75,24 @@ def sources(config: DataConfig, seed: int) -> dict[str, Source]:
         counts = {split: asked[split] or default for split, default in SYNTHETIC_EXAMPLES.items()}
         return {split: synthetic.source(split, n, config.image_size, seed) for split, n in counts.items()}
     if config.dataset == "folder":
-        from unet_jax.data import folder  # with JAX, for which other datasets' checks of flags are not to wait
-
-        return folder.sources(Path(config.data_dir or "."), config.class_names, config.test_fraction, seed)
+        return folder.sources(config, seed)
     data_dir = Path(config.data_dir) if config.data_dir else oxford_iiit_pet.default_data_dir()
     if not oxford_iiit_pet.is_prepared(data_dir):
         oxford_iiit_pet.prepare(data_dir)
     return {split: oxford_iiit_pet.source(data_dir, split) for split in ("train", "test")}
+
+
+def whole(parts: Mapping[str, Source]) -> Source:
+    """All pictures of all splits as one split, "all"."""
+    where = [(part, i) for part in parts.values() for i in range(part.size)]
+    first = next(iter(parts.values()))
+    identity = {"parts": [dict(part.identity) for part in parts.values()]}
+    return Source(
+        first.dataset,
+        "all",
+        first.class_names,
+        identity,
+        len(where),
+        lambda i: where[i][0].read(where[i][1]),
+        [name for part in parts.values() for name in part.names],
+    )
