@@ -1,10 +1,13 @@
 """A split decoded once into uint8 arrays on disk, memory-mapped from then on."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -96,8 +99,11 @@ def _checksum(array: np.ndarray) -> int:
 
 def _build(source: Source, size: int, count: int, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    held = os.open(building, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)
         _decode(source, size, count, building)
         try:
             building.rename(folder)
@@ -107,6 +113,20 @@ def _build(source: Source, size: int, count: int, folder: Path) -> None:
                 building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        os.close(held)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what processes that were killed have left of this cache: nobody holds it any more."""
+    for building in folder.parent.glob(f".{folder.name}-*"):
+        with contextlib.suppress(OSError):
+            held = os.open(building, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - building.stat().st_mtime > 60:  # else it may be about to be held
+                    shutil.rmtree(building, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 def _decode(source: Source, size: int, count: int, building: Path) -> None:
