@@ -121,7 +121,7 @@ def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
         no_test = data.test_fraction == 0 or splits["validation"]
         needed = ["train"] if no_test and not (data_dir / LISTS["test"]).exists() else ["train", "test"]
         problems["splits without pictures"] = [split for split in needed if not splits[split]]
-        alone = bool(reading.pixels) and bool(reading.names) and len(occurring) < 2
+        alone = bool(reading.pixels) and len(occurring) < 2 and not any(reading.problems.values())
         problems["one class alone in all of its masks"] = (occurring or ["what is ignored"]) * alone
     if wrong := [f"{kind}: {len(cases)} ({some(sorted(cases))})" for kind, cases in problems.items() if cases]:
         text = "; ".join([*wrong, *left_out, *[reading.advice] * bool(reading.advice)])
@@ -140,7 +140,7 @@ def _notes(seen: Mapping[str, Seen], reading: Reading, brightest: int, white: in
     if ignored := reading.pixels.get(IGNORE_LABEL, 0):
         share = ignored / sum(reading.pixels.values())
         notes.append(f"{share:.2%} of the pixels of its masks are ignored{' (255)' if reading.meaning else ''}")
-    if brightest and white != pictures.WHITE:
+    if brightest and (white, pictures.WHITE) != (pictures.WHITE, pictures.white_of(brightest)):
         notes.append(f"its 16-bit pictures use values up to {brightest}: {white} is taken as white (--white)")
     return notes
 
