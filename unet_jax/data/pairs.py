@@ -42,7 +42,9 @@ def split(data_dir: Path, test_fraction: float, seed: int) -> tuple[Splits, Prob
     lists = _lists(data_dir, images, images.keys() | masks_.keys())
     unlisted = (images.keys() | masks_.keys()) - {stem for stems in lists.values() for stem in stems}
     # By a hash and not by a shuffle: pictures that are added later leave the others on their side, all but a few.
-    others = sorted(unlisted, key=lambda stem: hashlib.sha256(f"{seed} {stem}".encode()).digest())
+    others = sorted(
+        unlisted, key=lambda stem: hashlib.sha256(f"{seed} {stem}".encode(errors="surrogateescape")).digest()
+    )
     if not lists.keys() & {"train", "test"}:
         count = min(max(round(test_fraction * len(others)), 1), len(others) - 1) if test_fraction else 0
         lists |= {"train": others[count:], "test": others[:count]}
@@ -118,6 +120,6 @@ def _lists(data_dir: Path, images: Mapping[str, File], stems: Iterable[str]) -> 
 
 def _lines(path: Path, images: Mapping[str, File]) -> list[str]:
     """The stems in a list: of a line that is none, that of the file that it names."""
-    lines = [line.strip() for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in path.read_text("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
     readings = [(line, line.rpartition(".")[0], PurePath(line).stem) for line in lines]
     return [next((stem for stem in reading if stem in images), reading[0]) for reading in readings]
