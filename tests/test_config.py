@@ -170,6 +170,19 @@ def test_folders_and_epochs_make_no_other_run():
     assert differences(CONFIG, moved) == []
 
 
+def test_how_files_are_read_is_compared_where_a_run_has_kept_it():
+    values = to_dict(default_config("mp_tr_ce", "folder"))
+    for name in ("mask_255", "white"):
+        del values["data"][name]
+    old = from_dict(values)  # of an older version, which took 65535 for white, and 255 as the masks said
+    assert (old.data.mask_255, old.data.white) == (None, 65535)
+    as_class = replace(old, data=replace(old.data, mask_255="class"))
+    assert differences(old, as_class) == []
+    ignored = replace(old, data=replace(old.data, mask_255="ignored", white=4095))
+    assert differences(as_class, ignored) == ["data.mask_255: class -> ignored", "data.white: 65535 -> 4095"]
+    assert "--white is 0" in refusal(check_config, replace(old, data=replace(old.data, white=0)))
+
+
 def test_a_schedule_that_ends_makes_epochs_part_of_the_run():
     cosine = replace(CONFIG, train=replace(CONFIG.train, schedule="cosine", warmup_epochs=24))
     check_config(cosine)

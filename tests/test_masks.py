@@ -40,8 +40,7 @@ def test_0_and_255_beside_0_and_1_are_refused_and_named(tmp_path, names):
     save(tmp_path, "d", SQUARE)
     message = refusal(tmp_path, names)
     assert "masks of 0 and 255: 3 (a, b, c)" in message
-    assert "beside masks of 0 and 255 masks of other values: 1 (d)" in message
-    assert "--mask-255 ignored if it is no class" in message
+    assert "by which 255 is no class (save all alike, or give --mask-255 ignored): 1 (d)" in message
     assert len(load(tmp_path, names, mask_255="ignored")[0]) == 2
 
 
@@ -49,10 +48,10 @@ def test_a_single_other_value_among_0_and_255_is_refused(tmp_path):
     for stem in "abc":
         save(tmp_path, stem, SQUARE * 255)
     save(tmp_path, "d", stray(SQUARE))
-    assert "masks of 0 and 255 with a few pixels of other values: 1 (d)" in refusal(tmp_path)
+    assert "masks of 0 and 255 with a few pixels of other values (clean them): 1 (d)" in refusal(tmp_path)
     for stem in "abc":
         save(tmp_path, stem, stray(SQUARE))
-    assert "with a few pixels of other values: 4 (a, b, c, ...)" in refusal(tmp_path)
+    assert "with a few pixels of other values (clean them): 4 (a, b, c, ...)" in refusal(tmp_path)
 
 
 def test_0_1_and_255_is_read_and_a_line_says_how_much_is_ignored(tmp_path, capsys):
@@ -136,6 +135,14 @@ def test_shapes_in_alpha_alone_are_refused(tmp_path):
     for stem in "ab":
         save(tmp_path, stem, along)
     np.testing.assert_array_equal(load(tmp_path)[1]["a"].labels, SQUARE)
+
+
+def test_negative_values_are_no_classes(tmp_path):
+    for stem in "ab":
+        save(tmp_path, stem, SQUARE)
+        Image.fromarray(SQUARE.astype(np.int32) * 2 - 1).save(tmp_path / "masks" / f"{stem}.tif")
+        (tmp_path / "masks" / f"{stem}.png").unlink()
+    assert "none of the 2 classes: 2 (a: -1, b: -1)" in refusal(tmp_path, ("no", "yes"))
 
 
 @pytest.mark.parametrize("value", [0, 1, 255])

@@ -61,6 +61,23 @@ def test_val_txt_is_the_validation_part(tmp_path):
     assert (len(found["test"]), sorted(found["val"])) == (1, ["p4", "p5"])
 
 
+def test_folders_of_the_splits_are_the_splits(tmp_path):
+    for split in ("train", "val", "test"):
+        fill(tmp_path / "of" / split, 2)
+        for part in ("images", "masks"):
+            (tmp_path / part).mkdir(exist_ok=True)
+            (tmp_path / "of" / split / part).rename(tmp_path / part / split)
+    found = split_of(tmp_path)
+    assert found["train"] == ["train/p0", "val/p0", "train/p1", "val/p1"]
+    assert (sorted(found["val"]), found["test"]) == (["val/p0", "val/p1"], ["test/p0", "test/p1"])
+    np.testing.assert_array_equal(load(tmp_path)[1]["val/p1"].labels, np.roll(labels(2), 1))
+    write_lists(tmp_path, test="test/p1.png")
+    assert split_of(tmp_path)["test"] == ["test/p1"]
+    write_lists(tmp_path)
+    shutil.move(tmp_path / "masks" / "test" / "p0.png", tmp_path / "masks" / "p0.png")
+    assert "no mask in masks/ for: 1 (test/p0)" in refusal(tmp_path)
+
+
 def test_lists_may_name_files(tmp_path):
     write_lists(fill(tmp_path), train="p0.png images/p1.png", test="p2")
     found = split_of(tmp_path)
@@ -72,7 +89,7 @@ def test_pictures_in_no_list_and_folders_are_told(tmp_path, capsys):
     (tmp_path / "images" / "more").mkdir()
     load(tmp_path)
     output = capsys.readouterr().out
-    assert "5 pictures are in none of its lists and left out" in output
+    assert "pictures in none of its lists are left out: 5 (p3, p4, p5, ...)" in output
     assert "folders in images/ and masks/ are left out: 1 (images/more/)" in output
 
 
@@ -95,7 +112,7 @@ def test_masks_named_by_other_tools(tmp_path, capsys):
     examples = load(tmp_path)[1]
     for i in range(3):
         np.testing.assert_array_equal(examples[f"p{i}"].labels, np.roll(labels(2), i))
-    assert "overlays in masks/ are left out: 1 (p1_overlay.png)" in capsys.readouterr().out
+    assert "overlays in masks/ are left out: 1 (p1_overlay)" in capsys.readouterr().out
     Image.new("L", (24, 20)).save(tmp_path / "masks" / "p1.png")
     assert "several files for: 1 (masks/p1)" in refusal(tmp_path)
 

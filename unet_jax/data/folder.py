@@ -10,6 +10,8 @@
                       test split
     DIR/val.txt       optional: the pictures that are kept from training, to choose the best epoch by
 
+In place of lists images/ and masks/ may both have folders of the splits: train, val and test.
+
 Without colours a mask holds indices: grey of 1, 8 or 16 bits, the indices of a palette (of the same colours in all
 masks), or RGB that is all grey. 255 is ignored, but where all masks hold 0 and 255 alone it is the second of two
 classes. With colours in classes.json every mask goes by its colours, be it stored as RGB, with a palette or grey; where
@@ -78,11 +80,16 @@ def sources(data: DataConfig, seed: int) -> dict[str, Source]:
       InputError: as `complete` does, but for what no training can be done with.
     """
     splits, table, reading, white = _checked(data, seed, to_train=False)
+    data_dir = Path(data.data_dir or ".")
 
     def source(split: str, pairs: list[Pair]) -> Source:
-        files = [(file.path.name, file.size, file.time) for pair in pairs for file in (pair.picture, pair.mask)]
+        files = [
+            (str(file.path.relative_to(data_dir)), file.size, file.time)
+            for pair in pairs
+            for file in (pair.picture, pair.mask)
+        ]
         how = {"reading": READING, "table": table, "binary": reading.meaning == "class", "white": white}
-        identity = {"folder": str(Path(data.data_dir or ".").resolve()), "files": files, **how}
+        identity = {"folder": str(data_dir.resolve()), "files": files, **how}
         stems = [pair.stem for pair in pairs]
         kept = frozenset(pair.stem for pair in splits["validation"]) & {*stems}
         read = functools.partial(_example, pairs, table, reading.meaning, white)
@@ -115,7 +122,7 @@ def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
         no_test = data.test_fraction == 0 or splits["validation"]
         needed = ["train"] if no_test and not (data_dir / LISTS["test"]).exists() else ["train", "test"]
         problems["splits without pictures"] = [split for split in needed if not splits[split]]
-        alone = bool(reading.pixels) and bool(reading.names) and len(occurring) < 2
+        alone = bool(reading.pixels) and len(occurring) < 2 and not any(reading.problems.values())
         problems["one class alone in all of its masks"] = (occurring or ["what is ignored"]) * alone
     if wrong := [f"{kind}: {len(cases)} ({some(sorted(cases))})" for kind, cases in problems.items() if cases]:
         text = "; ".join([*wrong, *left_out, *[reading.advice] * bool(reading.advice)])
@@ -134,7 +141,7 @@ def _notes(seen: Mapping[str, Seen], reading: Reading, brightest: int, white: in
     if ignored := reading.pixels.get(IGNORE_LABEL, 0):
         share = ignored / sum(reading.pixels.values())
         notes.append(f"{share:.2%} of the pixels of its masks are ignored{' (255)' if reading.meaning else ''}")
-    if brightest and white != pictures.WHITE:
+    if brightest and (white, pictures.WHITE) != (pictures.WHITE, pictures.white_of(brightest)):
         notes.append(f"its 16-bit pictures use values up to {brightest}: {white} is taken as white (--white)")
     return notes
 

@@ -140,7 +140,7 @@ def judge(seen: Mapping[str, Seen], names: tuple[str, ...], table: Table, wanted
         problems[kind] = sorted(total) if as_class else classes
         return Reading(names, meaning, pixels, problems, _listing(names, classes, total.keys() & {IGNORE_LABEL}))
     names = names or (BINARY if as_class else tuple(f"class_{i}" for i in classes))
-    known = {value for value, label in labels.items() if label < len(names) or label == IGNORE_LABEL}
+    known = {value for value, label in labels.items() if 0 <= label < len(names) or label == IGNORE_LABEL}
     problems[f"masks with values that are none of the {len(names)} classes"] = [
         f"{stem}: {some([f'{v}' if v < COLOUR else f'#{v - COLOUR:06x}' for v in beyond])}"
         for stem, mask in seen.items()
@@ -198,7 +198,9 @@ def _listing(names: Sequence[str], classes: Sequence[int], ignored: Iterable[int
     if len(classes) < 2:
         return ""
     text = example(names, classes, ignored)
-    return f"labels start at 0; where masks are to be read otherwise, put what they hold into its classes.json: {text}"
+    if max(classes) >= COLOUR:
+        return f"a classes.json can say what the colours are: {text}"
+    return f"labels start at 0; a classes.json can say what the values are: {text}"
 
 
 def _meaning_of_255(seen: Mapping[str, Seen], classes: int, wanted: Meaning | None) -> tuple[Meaning | None, Problems]:
@@ -219,9 +221,10 @@ def _meaning_of_255(seen: Mapping[str, Seen], classes: int, wanted: Meaning | No
     if wanted is None and others and not kinds["both"]:
         return "ignored", {
             "masks of 0 and 255": kinds["binary"],
-            "masks of 0 and 255 with a few pixels of other values": kinds["strays"],
-            "beside masks of 0 and 255 masks of other values": kinds["classes"],
-            "no mask that shows what 255 means (save all alike; --mask-255 ignored if it is no class)": others,
+            "masks of 0 and 255 with a few pixels of other values (clean them)": kinds["strays"],
+            "masks of other values, by which 255 is no class (save all alike, or give --mask-255 ignored)": (
+                kinds["classes"]
+            ),
         }
     return "ignored", {}
 
