@@ -1,6 +1,7 @@
 """Segments pictures with a run's checkpoint: `python experiments/predict.py runs/mp_tr_dice photos/ --out masks`."""
 
 import dataclasses
+import functools
 import glob
 import itertools
 import os
@@ -21,8 +22,10 @@ from PIL import Image
 from unet_jax.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
+    from unet_jax.config import DataConfig
     from unet_jax.predict import Predictor
 
+tell_once = functools.cache(print)
 GROUP_PIXELS = 2**24  # pictures read, segmented and written together, unless a single one has more
 
 
@@ -36,32 +39,49 @@ class Options:
     """Files, folders (the pictures in them) and globs."""
     out: Path
     """Folder for NAME_mask.png and NAME_overlay.png of each picture."""
-    mode: Literal["resize", "tile"] = "resize"
-    """resize: to the training size and back. tile: the picture's own resolution, in overlapping windows."""
+    mode: Literal["resize", "tile", "native"] = "resize"
+    """resize: to the training size and back. tile: in overlapping windows at the scale of training, for pictures that
+    show more than those of training did. native: the same at the picture's own resolution."""
     tile_size: int | None = None
     """Side of the windows; smaller ones take less memory and more time. Default: what suits the network."""
-    tta: bool = False
-    """Average the probabilities over the four flips of a picture: four times the work."""
+    tta: Literal["none", "horizontal", "all"] = "none"
+    """Average the probabilities over a picture and its mirror image (horizontal, which a bare --tta means), twice the
+    work, or over all four flips, four times, for what has no up and down."""
+    white: int | None = None
+    """The value of 16-bit grey pictures that is white. Default: as in the run's pictures."""
+    max_megapixels: float = 89.4
+    """Larger pictures are refused, as a small file may hold one that no memory does: raise it for those you know."""
     probabilities: bool = False
     """Write NAME_probabilities.npz too: float32 [H, W, classes] as `probabilities`, and `class_names`."""
 
 
 def find(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The files that are meant, each once, and a line for each pattern that means none."""
-    from unet_jax.predict import FORMATS
+    from unet_jax.data.pictures import FORMATS, kinds
 
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     found: dict[Path, Path] = {}
     bad = []
     for pattern in patterns:
         is_folder = os.path.isdir(pattern)  # False for a name that is too long, where Path raises
+        others = ""
         if is_folder:
-            files = [p for p in sorted(Path(pattern).iterdir()) if p.suffix.lower() in suffixes and p.is_file()]
+            inside = [p for p in sorted(Path(pattern).iterdir()) if not p.name.startswith(".")]
+            files = [p for p in inside if p.suffix.lower() in suffixes and p.is_file()]
+            others = kinds([p for p in inside if p not in files])
+            if files and others:
+                print(
+                    f"{pattern} holds other than pictures of known formats, which is left out: {others}",
+                    file=sys.stderr,
+                )
         else:
+            literal = pattern.replace("[", "[[]")  # brackets in names are commoner than in globs
             matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+            matches = matches or sorted(glob.glob(literal, recursive=True))
             files = [p for p in map(Path, matches) if p.is_file()]
         if not files:
-            bad.append(f"{pattern}: {'the folder has no pictures' if is_folder else 'there is no such file'}")
+            nothing = f"the folder has no pictures of known formats{others and f' ({others})'}"
+            bad.append(f"{pattern}: {nothing if is_folder else 'there is no such file'}")
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values()), bad
@@ -95,7 +115,7 @@ def prepare_folder(out: Path, names: Sequence[str], pictures: Sequence[Path]) ->
 
 def groups(pictures: Sequence[Path], names: Sequence[str], most: int) -> Iterator[list[tuple[Path, str]]]:
     """Pictures and names in groups of at most `most` and GROUP_PIXELS: what is in memory at once is bounded."""
-    from unet_jax.predict import FORMATS
+    from unet_jax.data.pictures import FORMATS
 
     group: list[tuple[Path, str]] = []
     total = 0
@@ -115,38 +135,44 @@ def groups(pictures: Sequence[Path], names: Sequence[str], most: int) -> Iterato
 
 def read(path: Path, name: str, options: Options, predictor: "Predictor") -> tuple[str, np.ndarray, np.ndarray | None]:
     """The name, the picture, and in resize mode what the network is to see of it."""
-    from unet_jax.predict import read_picture
+    from unet_jax.data.pictures import WHITE, decode, scale, white_of
 
-    image = read_picture(path)
+    white = options.white or predictor.config.data.white or WHITE
+    pixels = decode(path)
+    if 0 < 16 * pixels.brightest < white:
+        text = f"{path.parent} has 16-bit pictures that are nearly black, if {white} is white as the run has it"
+        tell_once(f"{text}: --white {white_of(pixels.brightest)} suits them", file=sys.stderr)
+    image = scale(pixels.values, white)
     return name, image, predictor.shrink(image) if options.mode == "resize" else None
 
 
 def segment(pictures: Sequence[tuple], options: Options, predictor: "Predictor") -> list[np.ndarray]:
-    """What the network says of pictures that were read: at their own size in tile mode, else at the training size."""
+    """What the network says of pictures that were read: in resize mode at the training size, else at their own."""
     from unet_jax.predict import assemble
 
-    if options.mode == "tile":
-        return [assemble(predictor.tiled(image, options.tta), options.probabilities) for _, image, _ in pictures]
+    if options.mode != "resize":
+        bands = (predictor.windowed(image, options.mode, options.tta) for _, image, _ in pictures)
+        return [assemble(of_picture, options.probabilities) for of_picture in bands]
     return list(predictor.network(np.stack([small for _, _, small in pictures]), options.tta)) if pictures else []
 
 
-def write(name: str, image: np.ndarray, answer: np.ndarray, options: Options, class_names: Sequence[str]) -> None:
+def write(name: str, image: np.ndarray, answer: np.ndarray, options: Options, data: "DataConfig") -> None:
     """Takes an answer to the picture's own size, if it is not yet, and writes the files."""
     from unet_jax import runs
-    from unet_jax.plots import palette
-    from unet_jax.predict import assemble, grow, overlay
+    from unet_jax.plots import overlay, palette
+    from unet_jax.predict import assemble, grow
 
-    out = options.out
+    out, class_names, colours = options.out, data.class_names, data.class_colours
     if options.mode == "resize":
         answer = assemble(grow(answer, *image.shape[:2]), options.probabilities)
     labels = answer.argmax(-1).astype(np.uint8) if options.probabilities else answer
     mask = Image.fromarray(labels)
-    mask.putpalette(palette(len(class_names)).tobytes())
+    mask.putpalette(palette(len(class_names), colours).tobytes())
     with runs.replacing(out / f"{name}_mask.png") as file:
         mask.save(file, "PNG")
     with runs.replacing(out / f"{name}_overlay.png") as file:
         # Lightly compressed: it takes a third of the time, and a few percent more room.
-        Image.fromarray(overlay(image, labels, len(class_names))).save(file, "PNG", compress_level=1)
+        Image.fromarray(overlay(image, labels, class_names, colours)).save(file, "PNG", compress_level=1)
     if options.probabilities:
         with runs.replacing(out / f"{name}_probabilities.npz") as file:
             np.savez(file, probabilities=answer, class_names=np.array(class_names))
@@ -182,11 +208,29 @@ def segment_all(
             reading, writing = (
                 upcoming,
                 [
-                    pool.submit(write, name, image, answer, options, predictor.config.data.class_names)
+                    pool.submit(write, name, image, answer, options, predictor.config.data)
                     for (name, image, _), answer in zip(pictures, answers, strict=True)
                 ],
             )
     return bad, seconds
+
+
+def with_tta_named(argv: Sequence[str]) -> list[str]:
+    """The command line, in which a bare --tta has its default."""
+    named = []
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        named += [word, "horizontal"] if word == "--tta" and following not in ("none", "horizontal", "all") else [word]
+    return named
+
+
+def scale_line(scale: tuple[float, float] | None) -> str:
+    """What a user of tile mode is told."""
+    if scale is None:
+        return "this run does not say at which scale it was trained: tile mode takes the pictures at their own"
+    return (
+        f"tile mode takes the pictures at the scale of training, {scale[0]:.2f} of their height and {scale[1]:.2f} of"
+        " their width; --mode native takes them at their own"
+    )
 
 
 def main(options: Options) -> int:
@@ -194,9 +238,13 @@ def main(options: Options) -> int:
     from tqdm import tqdm
 
     from unet_jax import device
+    from unet_jax.data import pictures as pictures_files
     from unet_jax.folders import default_cache_dir
     from unet_jax.predict import load
 
+    if options.white is not None and not 0 < options.white < 65536:
+        raise InputError(f"--white is {options.white}: it must be from 1 to 65535")
+    pictures_files.MAX_PIXELS = Image.MAX_IMAGE_PIXELS = int(options.max_megapixels * 1e6)
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told once, at the end
     pictures, bad = find(options.pictures)
     if not pictures:
@@ -207,6 +255,8 @@ def main(options: Options) -> int:
     predictor = load(options.run, options.tile_size)
     for line in predictor.restored.skipped:
         print(line, file=sys.stderr)
+    if options.mode == "tile":
+        print(scale_line(predictor.config.data.scale))
     size = predictor.config.data.image_size
     start = time.perf_counter()
     bar = tqdm(total=len(pictures), unit=" pictures", desc="segmenting", disable=None)
@@ -227,4 +277,4 @@ def main(options: Options) -> int:
 
 if __name__ == "__main__":
     with exit_on_input_error():
-        sys.exit(main(tyro.cli(Options, description=__doc__)))
+        sys.exit(main(tyro.cli(Options, args=with_tta_named(sys.argv[1:]), description=__doc__)))

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,16 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import tyro
 
-from unet_jax.config import PUBLISHED, DatasetName, RunConfig, check_config, default_config, differences, to_dict
+from unet_jax.config import (
+    PUBLISHED,
+    DatasetName,
+    RunConfig,
+    check_classes_of_data,
+    check_config,
+    default_config,
+    differences,
+    to_dict,
+)
 from unet_jax.errors import InputError, exit_on_input_error
 
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
@@ -60,6 +70,7 @@ def parse(argv: Sequence[str]) -> list[Options]:
     first.add_argument("--variant", default="mp_tr_dice")
     first.add_argument("--dataset", choices=get_args(DatasetName), default="auto")
     first.add_argument("--data-dir", "--data_dir")
+    first.add_argument("--batch-size", "--batch_size")
     first.add_argument("--download", action="store_true")
     chosen, _ = first.parse_known_args(argv)
     names = list(PUBLISHED) if chosen.variant == "all" else [chosen.variant]
@@ -84,9 +95,10 @@ def parse(argv: Sequence[str]) -> list[Options]:
         check_config(config)
         if not options.distributed and (options.coordinator or options.processes or options.process_id):
             raise InputError("--coordinator, --processes and --process-id go with --distributed")
-        from unet_jax.data.datasets import complete
+        from unet_jax.data.datasets import choose_batch_size, complete
 
         config = complete(config)
+        config = config if chosen.batch_size else choose_batch_size(config)
         check_config(config)  # again, with the classes of a folder
         folder = Path(options.workdir or ("runs" if chosen.variant == "all" else f"runs/{name}"))
         folder = folder / name if chosen.variant == "all" else folder
@@ -105,70 +117,79 @@ def train_run(options: Options, placement: "Placement") -> None:
     from unet_jax.train import make_steps
 
     config, folder = options.config, Path(options.workdir or ".")
-    if _is_done(folder, config, options.overwrite):
-        print(
-            f"{folder} has its {config.train.epochs} epochs already: give more --epochs, or --overwrite to start anew"
-        )
+    if done := _epochs_done(folder, config, options.overwrite):
+        print(f"{folder} has its {done} epochs already: give more --epochs, or --overwrite to start anew")
         return
     splits = load_splits(config, options.cache_dir)
+    scale = config.data.scale or splits["train"].scale
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, scale=scale))
     batch_size = config.train.batch_size
     names = [split.names for split in splits.values()]
     shared = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=None))
     processes.check_agreement((shared, options.overwrite, options.deterministic, folder.name, names))
-    training, validation = validation_rows(splits["train"].names, config.data.validation_fraction, config.train.seed)
+    training, validation = validation_rows(
+        splits["train"].names, config.data.validation_fraction, config.train.seed, splits["train"].validation
+    )
     placement.check_batch(batch_size, len(training), len(validation))
     train = Loader(splits["train"], batch_size, placement, training)
-    test = Loader(splits["test"], batch_size, placement)
+    test = Loader(splits["test"], batch_size, placement) if "test" in splits else None
     held_out = Loader(splits["train"], batch_size, placement, validation) if len(validation) else test
     goes_on = not options.overwrite and checkpoint.exists(folder / "checkpoints")
     initial = None if goes_on else start_from(config, placement)  # what it refuses leaves no folder behind
     with runs.lock(folder):
         if options.overwrite:
             runs.clear(folder)
+        split = {"train": train, "validation": held_out if len(validation) else None, "test": test}
+        runs.write_split(folder, {name: loader.names if loader else [] for name, loader in split.items()}, goes_on)
         start = initial or resume(folder, config, placement)
         if start.progress.steps(len(train)) != int(start.state.step):
             raise InputError(f"{folder} was trained on other pictures: choose another --workdir, or --overwrite")
         runs.write_json(folder / "config.json", to_dict(config))
-        runs.write_json(folder / "environment.json", runs.environment())
+        runs.write_json(folder / "environment.json", runs.environment() | runs.way_to_data(folder, config))
         print(f"{config.variant} on {config.data.dataset}: {len(train)} steps an epoch, files in {folder}")
         steps = make_steps(config, placement, len(train), options.deterministic)
         state, records = train_epochs(config, folder, steps, train, held_out, start)
-        finish(config, folder, steps, state, records, test)
+        finish(config, folder, steps, state, records, test, test or held_out or train)
 
 
-def _is_done(folder: Path, config: RunConfig, overwrite: bool) -> bool:
-    """Whether the run is finished, after refusing a folder that holds something else."""
+def _epochs_done(folder: Path, config: RunConfig, overwrite: bool) -> int:
+    """The epochs of a run that has no more to do, else 0; after refusing a folder that holds something else."""
     from unet_jax import runs
 
     if overwrite or not folder.exists():
-        return False
+        return 0
     if not (folder / "config.json").exists():
         if any(p.name != ".lock" for p in folder.iterdir()):
             raise InputError(f"{folder} holds other files than a run's: choose another --workdir")
-        return False
+        return 0
     if different := differences(runs.read_config(folder), config):
         raise InputError(
             f"{folder} holds a run with another config ({'; '.join(different)}):"
             " choose another --workdir, or --overwrite to start anew"
         )
-    return runs.is_finished(folder, config.train.epochs)
+    done = runs.epochs_finished(folder)
+    return done if done >= config.train.epochs else 0
 
 
 def load_splits(config: RunConfig, cache_dir: str | None) -> "dict[str, Split]":
-    """Both splits as cached arrays, after the checks that need their sizes alone."""
+    """The splits that have pictures as cached arrays, after the checks that need their sizes alone."""
     from unet_jax.data.cache import load_split
-    from unet_jax.data.datasets import sources
+    from unet_jax.data.datasets import sources, training_pictures
     from unet_jax.folders import default_cache_dir
 
     data = config.data
     counts = {"train": data.train_examples, "test": data.test_examples}
     found = sources(data, config.train.seed)
-    available = min(found["train"].size, counts["train"] or found["train"].size)
-    available -= round(available * data.validation_fraction)
+    check_classes_of_data(data.class_names, found["train"].class_names, data.dataset)
+    available = training_pictures(data, found["train"].size)
     if config.train.batch_size > available:
         raise InputError(f"--batch-size {config.train.batch_size} is larger than the {available} training pictures")
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
-    return {name: load_split(source, data.image_size, counts[name], cache) for name, source in found.items()}
+    if not found["test"].size:
+        print("there are no pictures to test on: all are trained on, but for what is kept for validation")
+    return {
+        name: load_split(source, data.image_size, counts[name], cache) for name, source in found.items() if source.size
+    }
 
 
 def start_from(config: RunConfig, placement: "Placement") -> "Restored":
@@ -182,12 +203,25 @@ def start_from(config: RunConfig, placement: "Placement") -> "Restored":
     if config.train.init_from:
         other = Path(config.train.init_from)
         theirs, restored = runs.load(other, placement)
-        same: dict[str, Any] = {"dropout_rate": 0.0, "precision": "auto", "remat": False}
-        ours, others = (dataclasses.replace(model, **same) for model in (config.model, theirs.model))
-        if (ours, config.data.class_names) != (others, theirs.data.class_names):
-            raise InputError(f"--init-from {other} is a run of another network or other classes: {theirs.model}")
-        state = state._replace(**train.variables(restored.state))
+        state = state._replace(**taken_over(config, theirs, state.params, train.variables(restored.state)))
     return Restored(jax.device_put(state, placement.replicated), Progress([], []), [])
+
+
+def taken_over(config: RunConfig, theirs: RunConfig, fresh: Any, variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables of the run of --init-from; where its classes are others, with the last layer of `fresh`.
+
+    Raises:
+      InputError: the networks differ in more than that.
+    """
+    other = config.train.init_from
+    no_matter: dict[str, Any] = {"dropout_rate": 0.0, "precision": "auto", "remat": False}
+    ours, others = (dataclasses.asdict(dataclasses.replace(c.model, **no_matter)) for c in (config, theirs))
+    if different := [f"{name} {others[name]} instead of {ours[name]}" for name in ours if ours[name] != others[name]]:
+        raise InputError(f"--init-from {other} is a run of another network: {', '.join(different)}")
+    if config.data.class_names == theirs.data.class_names:
+        return variables
+    print(f"the last layer starts anew: {other} has other classes ({', '.join(theirs.data.class_names)})")
+    return {**variables, "params": {**variables["params"], "logits": fresh["logits"]}}
 
 
 def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored":
@@ -203,12 +237,11 @@ def resume(folder: Path, config: RunConfig, placement: "Placement") -> "Restored
 
 
 def train_epochs(
-    config: RunConfig, folder: Path, steps: "Steps", train: "Loader", held_out: "Loader", start: "Restored"
+    config: RunConfig, folder: Path, steps: "Steps", train: "Loader", held_out: "Loader | None", start: "Restored"
 ) -> "tuple[TrainState, list[dict[str, Any]]]":
     """Trains to the last epoch, by `save_epochs`, and tells what can go wrong on the way as InputErrors."""
     import jax
 
-    from unet_jax import processes
     from unet_jax.train import NonFiniteLossError
 
     records = list(start.progress.records)
@@ -222,8 +255,9 @@ def train_epochs(
             raise
         raise train.placement.out_of_memory(train.batch_size) from None
     if stopped:
-        print(f"stopped by SIGTERM: step {int(state.step)} is saved, the same command goes on from there")
-        sys.exit(processes.SIGTERM_STATUS)
+        name = "Ctrl-C" if stopped == signal.SIGINT else "SIGTERM"
+        print(f"stopped by {name}: step {int(state.step)} is saved, the same command goes on from there")
+        sys.exit(128 + stopped)
     return state, records
 
 
@@ -232,25 +266,26 @@ def save_epochs(
     folder: Path,
     steps: "Steps",
     train: "Loader",
-    held_out: "Loader",
+    held_out: "Loader | None",
     start: "Restored",
     records: list[dict[str, Any]],
-) -> "tuple[TrainState, bool]":
+) -> "tuple[TrainState, int]":
     """Trains; each epoch ends with its line, its record (in `records` and metrics.jsonl), and a checkpoint.
 
     The best epoch by the validation part's mean IoU, if there is such a part, has a second one in the folder `best`.
-    After SIGTERM it saves at the next step (past an epoch's last, when that is evaluated) and returns True.
+    After SIGTERM or Ctrl-C it saves at the next step (past an epoch's last, when that is evaluated), and returns which
+    of the two it was, else 0.
     """
     from unet_jax import checkpoint, processes, runs
     from unet_jax.train import StepResult, fit
 
-    state, stop = start.state, False
-    display = Display(Clock(config.train.epochs, len(train), len(held_out), int(state.step)), len(train))
+    state, stop = start.state, 0
+    display = Display(Clock(config.train.epochs, len(train), len(held_out or ()), int(state.step)), len(train))
     has_best = config.data.validation_fraction > 0
     with (
         checkpoint.manager(folder / "checkpoints", int(state.step)) as checkpoints,
         checkpoint.manager(folder / "best", int(state.step)) if has_best else nullcontext() as best,
-        processes.noticing_sigterm() as noticed,
+        processes.noticing_signals() as noticed,
     ):
         for result in fit(config, steps, state, train, held_out, start.progress.losses):
             state = result.state
@@ -258,7 +293,7 @@ def save_epochs(
                 display.step(result.epoch, result.step_of_epoch, result.losses)
                 step = (result.epoch - 1) * len(train) + result.step_of_epoch
                 # orbax has JAX's processes agree on a step; of a process alone it knows nothing.
-                stop = stop or noticed.is_set() or checkpoints.reached_preemption(step)
+                stop = stop or sum(noticed[:1]) or signal.SIGTERM * checkpoints.reached_preemption(step)
                 if stop and result.step_of_epoch < len(train) and math.isfinite(loss := float(result.loss)):
                     display.close()
                     checkpoint.save(checkpoints, state, checkpoint.Progress(records, [*result.losses, loss]))
@@ -268,7 +303,8 @@ def save_epochs(
             records.append(result.record)
             runs.write_records(folder, records)
             # The best first: a kill between the two has the epoch done again, not its being the best forgotten.
-            if best and result.record["validation_mean_iou"] >= max(r["validation_mean_iou"] for r in records):
+            ious = [r["validation_mean_iou"] or 0 for r in records] if best else []
+            if best and ious[-1] == max(ious):
                 checkpoint.save(best, state, checkpoint.Progress(records, []))
             checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
             if stop:
@@ -297,15 +333,18 @@ class Display:
             self.bar.write(line)
 
     def epoch(self, record: dict[str, Any]) -> None:
+        from unet_jax.metrics import shown
         from unet_jax.plots import held_out
 
         part, scores = held_out(record)
         name = {"test": "Test set", "validation": "Validation part"}[part]
         self.bar.set_postfix_str(f"loss {record['last_batch_loss']:.4f}")
         self.close()
+        if "loss" not in scores:
+            return
         print(
             f"{name}: average loss {scores['loss']:.4f},"
-            f" mean IoU {scores['mean_iou']:.4f}, pixel accuracy {scores['pixel_accuracy']:.4f}"
+            f" mean IoU {shown(scores['mean_iou'])}, pixel accuracy {shown(scores['pixel_accuracy'])}"
         )
 
     def close(self) -> None:
@@ -339,30 +378,42 @@ class Clock:
 
 
 def finish(
-    config: RunConfig, folder: Path, steps: "Steps", state: "TrainState", records: list[dict[str, Any]], test: "Loader"
+    config: RunConfig,
+    folder: Path,
+    steps: "Steps",
+    state: "TrainState",
+    records: list[dict[str, Any]],
+    test: "Loader | None",
+    drawn: "Loader",
 ) -> None:
     """The figures, the summary and the last line; with a validation part, of the best epoch, which now meets test."""
     import jax
     import numpy as np
 
     from unet_jax import plots, runs
+    from unet_jax.metrics import scores_csv, shown
     from unet_jax.train import evaluate
 
+    names, data = config.data.class_names, config.data
     scores = records[-1]
-    if config.data.validation_fraction:
-        _, best = runs.load(folder, test.placement, config)
+    if data.validation_fraction:
+        _, best = runs.load(folder, drawn.placement, config)
         for line in best.skipped:
             print(line, file=sys.stderr)
-        state, epoch = best.state, len(best.progress.records)
-        scores = {"epoch": epoch, **evaluate(steps.evaluate, state, test, config.data.class_names)[0]}
-    names, data = config.data.class_names, config.data
+        state, scores = best.state, best.progress.records[-1]
+    if test:
+        of_test, sums = evaluate(steps.evaluate, state, test, names)
+        runs.write_text(folder / "scores.csv", scores_csv(test.names, np.asarray(sums.confusion), names))
+        scores = {"epoch": scores["epoch"], **of_test} if data.validation_fraction else scores
     title = f"{config.variant} on {data.dataset} ({data.image_size}x{data.image_size}, {len(records)} epochs)"
-    images, labels = np.asarray(test.split.images[:10]), np.asarray(test.split.labels[:10])
+    rows = drawn.rows[plots.spread(len(drawn.rows), 10)]
+    images, labels = np.asarray(drawn.split.images[rows]), np.asarray(drawn.split.labels[rows])
     predictions = np.asarray(steps.predict(state, images))
     if jax.process_index() > 0:
         return
-    plots.metrics_figure(records, title).savefig(folder / "metrics.png")
-    plots.results_figure(images, labels, predictions, names, title).savefig(folder / "results.png")
+    plots.metrics_figure(records, title, data.class_colours).savefig(folder / "metrics.png")
+    figure = plots.results_figure(images, labels, predictions, names, title, colours=data.class_colours)
+    figure.savefig(folder / "results.png")
     summary = {
         "variant": config.variant,
         "dataset": data.dataset,
@@ -371,13 +422,14 @@ def finish(
         "seconds": sum(r["seconds"] + r["evaluation_seconds"] for r in records),
         "final": records[-1],
     }
-    if scores is not records[-1]:
+    if test and data.validation_fraction:
         summary["test"] = scores
     runs.write_json(folder / "summary.json", summary)
-    print(
-        f"{config.variant} on {data.dataset}: test loss {scores['test_loss']:.4f},"
-        f" mean IoU {scores['mean_iou']:.4f} after {scores['epoch']} epochs; figures in {folder}"
+    part, of_part = plots.held_out(scores)
+    said = (
+        f"{part} loss {of_part['loss']:.4f}, mean IoU {shown(of_part['mean_iou'])}" if "loss" in of_part else "no test"
     )
+    print(f"{config.variant} on {data.dataset}: {said} after {scores['epoch']} epochs; figures in {folder}")
 
 
 def main() -> None:
@@ -409,7 +461,10 @@ def train_runs(runs_asked_for: list[Options]) -> None:
     if len(runs_asked_for) > 1 and jax.process_index() == 0:
         from report import write_comparison
 
-        write_comparison([Path(options.workdir or ".") for options in runs_asked_for])
+        try:
+            write_comparison([Path(options.workdir or ".") for options in runs_asked_for])
+        except InputError as error:  # such as runs that have no test
+            print(f"no comparison: {error}")
 
 
 if __name__ == "__main__":

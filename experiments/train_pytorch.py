@@ -24,7 +24,7 @@ from unet_jax.data.cache import Split, load_split
 from unet_jax.data.datasets import sources
 from unet_jax.errors import InputError, exit_on_input_error
 from unet_jax.folders import default_cache_dir
-from unet_jax.metrics import PictureSums, picture_sums, scores
+from unet_jax.metrics import PictureSums, picture_sums, scores, shown
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS_ALONE = ("class_weights", "schedule", "warmup_epochs", "weight_decay", "clip_norm", "ema", "augment", "init_from")
@@ -118,7 +118,7 @@ def main(options: Options) -> None:
         record = train_epoch(config, network, optimizer, train, epoch)
         records.append(record | evaluate(config, network.eval(), test))
         runs.write_records(options.out, records)
-        print(f"Test set: average loss {records[-1]['test_loss']:.4f}, mean IoU {records[-1]['mean_iou']:.4f}")
+        print(f"Test set: average loss {records[-1]['test_loss']:.4f}, mean IoU {shown(records[-1]['mean_iou'])}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Kills and damages runs and has them go on: `python tests/check_faults.py --kills 50`.
 
-A run on tiny pictures is killed (-9, and by SIGTERM) at random moments and started again each time; files of a stopped
-run are damaged; a disk fills up. Each time the run must end with the parameters and metrics, bit for bit, of one that
-nothing disturbed. Prints faults tried, survived and lost; exit status 1 if any was lost.
+A run on tiny pictures is killed (-9, by SIGTERM, by Ctrl-C) at random moments and started again each time; files of a
+stopped run are damaged; a disk fills up. Each time the run must end with the parameters and metrics, bit for bit, of
+one that nothing disturbed. Prints faults tried, survived and lost; exit status 1 if any was lost.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ TIMING = {"seconds", "evaluation_seconds", "images_per_second"}
 class Options:
     kills: int = 50
     terms: int = 5
+    interrupts: int = 5
     epochs: int = 20
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
     image_size: int = 32
@@ -65,10 +66,21 @@ def start(home: Path, folder: Path, *flags: object, limit: int | None = None, de
     env["PYTHONUNBUFFERED"] = "1"
     env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     pipe = subprocess.PIPE
-    process = subprocess.Popen(script, env=env, cwd=home, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    with heeding_interrupts():
+        process = subprocess.Popen(script, env=env, cwd=home, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     if limit:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     return process
+
+
+@contextlib.contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """Has what is started heed Ctrl-C, even where a shell has put this process in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finish(process: subprocess.Popen) -> Ended:
@@ -207,7 +219,11 @@ class Trial:
 def try_signals(trial: Trial, rng: random.Random) -> None:
     """Kills a run again and again until it is at its end, and the next."""
     options, run = trial.options, trial.home / "run"
-    signals = {"kill -9": (signal.SIGKILL, options.kills), "SIGTERM": (signal.SIGTERM, options.terms)}
+    signals = {
+        "kill -9": (signal.SIGKILL, options.kills),
+        "SIGTERM": (signal.SIGTERM, options.terms),
+        "Ctrl-C": (signal.SIGINT, options.interrupts),
+    }
     for fault, (number, times) in signals.items():
         left, hits = times, 0
         while left or hits:
@@ -215,8 +231,8 @@ def try_signals(trial: Trial, rng: random.Random) -> None:
                 ended = interrupted(trial.home, run, options, number, rng, from_start=fault == "kill -9")
                 if ended.status:
                     left, hits = left - 1, hits + 1
-                    if fault == "SIGTERM":
-                        trial.note("SIGTERM: status 143", ended.status == 143, ended)
+                    if number != signal.SIGKILL:
+                        trial.note(f"{fault}: status {128 + number}", ended.status == 128 + number, ended)
             if not left or not ended.status:  # no more faults, or it was at its end before one came
                 trial.survives(fault, run, times=hits)
                 hits = 0

@@ -1,6 +1,8 @@
 """The cache of decoded pictures: what it holds, when it is made anew, and that a broken one is never used."""
 
+import fcntl
 import json
+import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -91,7 +93,7 @@ def test_two_processes_build_it_at_once(tmp_path):
         sums = list(pool.map(load_synthetic, [tmp_path] * 2))
     assert sums[0] == sums[1] == load_synthetic(tmp_path)
     (folder,) = tmp_path.iterdir()
-    assert set(json.loads((folder / "meta.json").read_text())) == {"checksums", "names"}
+    assert set(json.loads((folder / "meta.json").read_text())) == {"checksums", "names", "scale"}
 
 
 def test_resize_antialiases_pictures_and_invents_no_class():
@@ -104,3 +106,19 @@ def test_resize_antialiases_pictures_and_invents_no_class():
     np.testing.assert_array_equal(small.labels, np.where(np.indices((16, 16))[1] < 5, 0, 2))
     unchanged = Example("x", image, labels)
     assert cache.resize(unchanged, 64) is unchanged
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_that_is_held(tmp_path):
+    folder = cache.load_split(synthetic.source("train", 2, 16), 16, None, tmp_path) and next(tmp_path.iterdir())
+    shutil.rmtree(folder)
+    left, held, young = (tmp_path / f".{folder.name}-{name}" for name in ("left", "held", "young"))
+    for building in (left, held, young):
+        building.mkdir()
+        os.utime(building, (0, 0) if building != young else None)
+    holder = os.open(held, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        cache.load_split(synthetic.source("train", 2, 16), 16, None, tmp_path)
+    finally:
+        os.close(holder)
+    assert {*tmp_path.iterdir()} == {folder, held, young}

@@ -117,7 +117,13 @@ def test_an_unknown_variant_is_refused_with_what_is_near(variant, hint):
         ("model", "dropout_rate", 1.0, "--dropout-rate is 1.0: it must be at least 0 and below 1"),
         ("model", "dropout_rate", -0.1, "--dropout-rate is -0.1: it must be at least 0 and below 1"),
         ("model", "dropout_rate", math.nan, "--dropout-rate is nan: it must be at least 0 and below 1"),
-        ("train", "seed", -1, "--seed is -1: it must not be negative"),
+        ("train", "seed", -1, "--seed is -1: it must be from 0 to 4294967295"),
+        ("train", "seed", 2**32, "--seed is 4294967296: it must be"),
+        ("train", "seed", 2**64, "--seed is 18446744073709551616: it must be"),
+        ("data", "class_names", ("a", "a", "b"), "--class-names has a more than once"),
+        ("data", "class_names", ("a",), "--class-names are 1: two classes are the least, 255 the most"),
+        ("data", "class_names", (), "--class-names are 0: two classes are the least"),
+        ("data", "class_names", tuple(map(str, range(256))), "--class-names are 256: two"),
         ("data", "image_size", 100, "pictures of 100x100 do not fit 5 levels"),
         ("train", "loss", "dice", "--loss has the term 'dice'"),
         ("train", "ema", 1.0, "--ema is 1.0: it must be at least 0 and below 1"),
@@ -162,6 +168,19 @@ def test_folders_and_epochs_make_no_other_run():
     )
     assert moved != CONFIG
     assert differences(CONFIG, moved) == []
+
+
+def test_how_files_are_read_is_compared_where_a_run_has_kept_it():
+    values = to_dict(default_config("mp_tr_ce", "folder"))
+    for name in ("mask_255", "white"):
+        del values["data"][name]
+    old = from_dict(values)  # of an older version, which took 65535 for white, and 255 as the masks said
+    assert (old.data.mask_255, old.data.white) == (None, 65535)
+    as_class = replace(old, data=replace(old.data, mask_255="class"))
+    assert differences(old, as_class) == []
+    ignored = replace(old, data=replace(old.data, mask_255="ignored", white=4095))
+    assert differences(as_class, ignored) == ["data.mask_255: class -> ignored", "data.white: 65535 -> 4095"]
+    assert "--white is 0" in refusal(check_config, replace(old, data=replace(old.data, white=0)))
 
 
 def test_a_schedule_that_ends_makes_epochs_part_of_the_run():

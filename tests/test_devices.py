@@ -87,9 +87,9 @@ def of(devices: int) -> device.Placement:
 
 FAULTS_OF_STEPS = """
 import jax, resource, sys
-from unet_jax import device
+from unet_jax.cpu import memory
 if sys.argv[1:]:
-    device.keep_freed_memory()
+    memory.keep_freed_memory()
 step = jax.jit(lambda x: abs(jax.numpy.fft.rfft(x)).sum())  # the transform has 64 MB
 x = jax.numpy.ones((4096, 4096))
 for _ in range(13):
@@ -102,12 +102,12 @@ for _ in range(13):
 GIVEN_BACK = """
 import jax
 import numpy
-from unet_jax import device
+from unet_jax.cpu import memory
 
 def resident():
     return 4096 * int(open("/proc/self/statm").read().split()[1])
 
-device.keep_freed_memory()
+memory.keep_freed_memory()
 events = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: events.append(event))
 jax.jit(lambda x: x + 1)(1.0)

@@ -84,7 +84,7 @@ def test_a_full_width_step_repeats(variant):
 
 
 def test_a_full_width_run_killed_and_resumed_is_the_undisturbed_one():
-    options = check_faults.Options(kills=1, terms=1, epochs=3, widths=WIDTHS, others=("none",))
+    options = check_faults.Options(kills=1, terms=1, interrupts=0, epochs=3, widths=WIDTHS, others=("none",))
     tried, survived = check_faults.try_faults(options)
     assert tried == survived
     assert (tried["kill -9"], tried["SIGTERM"]) == (1, 1)

@@ -68,6 +68,7 @@ def test_jax_alone_can_call_it(folders, tmp_path):
         "import sys, numpy",
         f"images = numpy.load({str(tmp_path / 'images.npy')!r})",
         *json.loads((out / "model.json").read_text())["usage"],
+        "assert 'xla_cpu' not in open('model.json').read().split('optional_on_cpu')[0]",
         "assert not {'flax', 'unet_jax', 'optax', 'orbax'} & set(sys.modules)",
         f"numpy.save({str(tmp_path / 'labels.npy')!r}, labels)",
     ]

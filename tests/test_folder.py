@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from test_run import execute, records
 
-from unet_jax.config import RunConfig, TrainConfig, check_config, default_config
-from unet_jax.data.folder import sources
+from unet_jax.config import DataConfig, RunConfig, TrainConfig, check_config, default_config
+from unet_jax.data.folder import complete, sources
 from unet_jax.errors import InputError
 from unet_jax.losses import cross_entropy, make_loss
 
@@ -36,9 +36,13 @@ def labels(values: int = 3, shape: tuple[int, int] = (20, 24)) -> np.ndarray:
     return (np.arange(shape[0] * shape[1]) % values).astype(np.uint8).reshape(shape)
 
 
-def load(folder: Path, names: tuple[str, ...] = (), fraction: float = 0.2, seed: int = 0):
-    """The class names, and all examples by their name."""
-    found = sources(folder, names, fraction, seed)
+def config(folder: Path, names: tuple[str, ...] = (), fraction: float = 0.2, **fields) -> DataConfig:
+    return DataConfig("folder", str(folder), class_names=names, test_fraction=fraction, **{"white": None, **fields})
+
+
+def load(folder: Path, names: tuple[str, ...] = (), fraction: float = 0.2, seed: int = 0, **fields):
+    """The class names, and all examples by their name, of what a run is trained on."""
+    found = sources(complete(config(folder, names, fraction, **fields), seed), seed)
     examples = [source.read(i) for source in found.values() for i in range(source.size)]
     for example in examples:
         assert (example.image.dtype, example.labels.dtype) == (np.uint8, np.uint8)
@@ -108,7 +112,8 @@ def test_masks_of_0_and_255_are_two_classes_and_a_line_says_so(tmp_path, capsys)
     load(tmp_path)
     assert capsys.readouterr().out.count("hold 0 and 255 alone: taken as background (0) and foreground (255)") == 1
     assert load(tmp_path, ("no", "yes"))[0] == ("no", "yes")
-    np.testing.assert_array_equal(load(tmp_path, ("u", "v", "w"))[1]["a"].labels, truth * 255)  # of three: ignored
+    found = sources(config(tmp_path, ("u", "v", "w"), 0.5), 0)  # of three: ignored
+    assert {found[k].read(0).name: set(found[k].read(0).labels.flat) for k in found} == {"a": {0, 255}, "b": {0}}
 
 
 def test_255_is_ignored_where_there_are_other_values(tmp_path):
@@ -128,7 +133,7 @@ def test_pictures_are_turned_upright_and_masks_lie_on_them(tmp_path):
         save(tmp_path, stem, labels(shape=(30, 10)), stored, exif=exif)
     np.testing.assert_array_equal(load(tmp_path)[1]["a"].image, np.rot90(stored, -1))
     save(tmp_path, "b", labels(shape=(10, 30)), stored, exif=exif)
-    with pytest.raises(InputError, match=r"size: 1 \(b: 30x10 for 10x30\)"):
+    with pytest.raises(InputError, match=r"size: 1 \(b: 30x10 for 10x30: is one turned by EXIF\?\)"):
         load(tmp_path)
 
 
@@ -138,7 +143,7 @@ def test_lists_make_the_splits_in_their_order(tmp_path):
     (tmp_path / "train.txt").write_text("p 4\r\n\np 1\n")
 
     def split() -> dict[str, list[str]]:
-        return {k: [s.read(i).name for i in range(s.size)] for k, s in sources(tmp_path, (), 0.2, 0).items()}
+        return {k: [s.read(i).name for i in range(s.size)] for k, s in sources(config(tmp_path), 0).items()}
 
     assert split()["train"] == ["p 4", "p 1"]
     assert sorted(split()["test"]) == ["p 0", "p 2", "p 3", "p 5"]
@@ -152,7 +157,7 @@ def test_the_fraction_is_drawn_by_the_seed(tmp_path):
         save(tmp_path, f"{i:02}", labels())
 
     def test_stems(fraction: float, seed: int) -> list[str]:
-        found = sources(tmp_path, (), fraction, seed)
+        found = sources(config(tmp_path, (), fraction), seed)
         train, test = ([found[k].read(i).name for i in range(found[k].size)] for k in ("train", "test"))
         assert sorted(train + test) == [f"{i:02}" for i in range(20)]
         return test
@@ -163,18 +168,18 @@ def test_the_fraction_is_drawn_by_the_seed(tmp_path):
     before = set(test_stems(0.25, 0))
     assert before == {"02", "03", "05", "14", "17"}  # the same on every machine
     save(tmp_path, "20", labels())
-    found = sources(tmp_path, (), 0.25, 0)["test"]
+    found = sources(config(tmp_path, (), 0.25), 0)["test"]
     assert len(before - {found.read(i).name for i in range(found.size)}) <= 1
 
 
 def test_the_cache_knows_a_changed_file(tmp_path):
     for stem in "ab":
         save(tmp_path, stem, labels())
-    before = {k: dict(s.identity) for k, s in sources(tmp_path, (), 0.5, 0).items()}
-    assert before == {k: dict(s.identity) for k, s in sources(tmp_path, ("u", "v", "w"), 0.5, 0).items()}
+    before = {k: dict(s.identity) for k, s in sources(config(tmp_path, (), 0.5), 0).items()}
+    assert before == {k: dict(s.identity) for k, s in sources(config(tmp_path, ("u", "v", "w"), 0.5), 0).items()}
     json.dumps(before)
     save(tmp_path, "a", labels())
-    after = {k: dict(s.identity) for k, s in sources(tmp_path, (), 0.5, 0).items()}
+    after = {k: dict(s.identity) for k, s in sources(config(tmp_path, (), 0.5), 0).items()}
     assert sum(before[k] != after[k] for k in before) == 1
 
 
@@ -206,8 +211,9 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
         "no mask in masks/ for: 2 (ghost, widow)",
         "several files for: 1 (images/twice)",
         "stems listed twice: 1 (good)",
-        "files that cannot be used: 3 (images/cut.png: ",
-        "masks/colourful.png: is in colours, which need a classes.json that lists them",
+        "files that cannot be used: 2 (images/cut.png: ",
+        "masks in colours, which need a classes.json that lists them: 1 (colourful)",
+        '{"names": ["a", "b", "c", "class_3", ',
         "masks/fake.png: is no PNG",
         "masks that differ from their picture in size: 1 (narrow: 12x20 for 24x20)",
         "masks with values that are none of the 3 classes: 1 (beyond: 3, 4, 5, ...)",
@@ -270,9 +276,11 @@ def test_names_that_contradict_the_folder(tmp_path):
 
 
 def test_folders_with_nothing_to_use(tmp_path):
-    with pytest.raises(InputError, match="is to hold images/ and masks/: No such file"):
+    with pytest.raises(InputError, match="nowhere is to hold images/ and masks/: there is no such folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "images").mkdir()
+    with pytest.raises(InputError, match=r"to hold images/ and masks/: masks/ is missing, it holds images$"):
+        load(tmp_path)
     (tmp_path / "masks").mkdir()
     with pytest.raises(InputError, match=r"splits without pictures: 2 \(test, train\)"):
         load(tmp_path)
@@ -314,8 +322,8 @@ def test_class_weights_that_no_run_can_have(weights):
 
 
 def test_defaults():
-    config = default_config("mp_tr_dice", "folder")
-    assert (config.data.image_size, config.data.class_names, config.train.batch_size) == (240, (), 16)
+    run = default_config("mp_tr_dice", "folder")
+    assert (run.data.image_size, run.data.class_names, run.train.batch_size) == (240, (), 16)
 
 
 @pytest.fixture(scope="module")
@@ -345,9 +353,9 @@ def test_a_run_from_the_first_epoch_to_the_evaluation(home):
     flags = [*RUN, "--variant", "mp_tr_ce", "--class-weights", 1, 4, "--workdir", "run"]
     output = execute(home, "run.py", *flags, "--epochs", 1)
     assert output.count("taken as background (0) and foreground (255)") == 1
-    config = json.loads((home / "run" / "config.json").read_text())
-    assert config["data"]["class_names"] == ["background", "foreground"]
-    assert (config["train"]["batch_size"], config["train"]["class_weights"]) == (12, [1, 4])  # 3 of 15 are the test
+    kept = json.loads((home / "run" / "config.json").read_text())
+    assert kept["data"]["class_names"] == ["background", "foreground"]
+    assert (kept["train"]["batch_size"], kept["train"]["class_weights"]) == (12, [1, 4])  # 3 of 15 are the test
     assert "going on from step 1, 1 epochs are done" in execute(home, "run.py", *flags, "--epochs", 2)
     assert "binary_iou" in records(home / "run")[-1]
     execute(home, "evaluate.py", "run")

@@ -15,7 +15,7 @@ from test_predict import picture
 
 from unet_jax import device, export, predict, runs, train
 from unet_jax.errors import InputError
-from unet_jax.from_pytorch import variables_from_state_dict
+from unet_jax.from_pytorch import find_state_dict, variables_from_state_dict
 
 WIDTHS, SIZE = (4, 6), 16
 
@@ -128,13 +128,13 @@ def test_classes_are_those_given(make_import, tmp_path):
 def test_files_that_torch_saved(scripts, tmp_path):
     torch = pytest.importorskip("torch")
     path, read = tmp_path / "x.pth", scripts.import_torch.read_state_dict
-    for saved in ({"a": torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))}, {"a": torch.ones(2)}):
+    for saved in ({"a.weight": torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))}, {"a.weight": torch.ones(2)}):
         torch.save(saved, path)
-        np.testing.assert_array_equal(read(path)["a"], np.ones(2, np.float32))
+        np.testing.assert_array_equal(read(path)["a.weight"], np.ones(2, np.float32))
     for saved, reason in (
         ({"model": {}}, "no state dict"),
-        (torch.nn.Linear(1, 1), "cannot be read"),
-        ([], "no state"),
+        (torch.nn.Linear(1, 1), r"holds other objects than tensors \(torch.nn.modules.linear.Linear\)"),
+        ([], "no state dict, but list"),
     ):
         torch.save(saved, path)
         with pytest.raises(InputError, match=reason):
@@ -142,3 +142,107 @@ def test_files_that_torch_saved(scripts, tmp_path):
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(InputError, match="cannot be read"):
         read(path)
+
+
+def test_an_import_of_the_variant_with_an_average_is_a_run_too(make_import, tmp_path):
+    state_dict = make_state_dict(widths=WIDTHS)
+    run = make_import(tmp_path / "run", state_dict, "best")
+    config, restored = runs.load(run, device.placement())
+    assert config.train.ema
+    variables = variables_from_state_dict(state_dict, train.make_model(config.model, 3, device.placement()))
+    chex.assert_trees_all_equal(train.variables(restored.state), variables)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "flags"),
+    [
+        ("max_pool", "resize", {"upsampling": "resize"}),
+        ("strided_conv", "transposed_conv", {"downsampling": "strided_conv", "loss": "log_dice"}),
+    ],
+)
+def test_networks_that_are_no_variant_are_imported_by_flags(make_import, tmp_path, down, up, flags):
+    run = make_import(tmp_path / "run", make_state_dict(down, up, WIDTHS), "mp_tr_ce", **flags)
+    config, _ = runs.load(run, device.placement())
+    assert (config.model.downsampling, config.model.upsampling) == (down, up)
+    assert config.train.loss == flags.get("loss", "cross_entropy")
+
+
+PLAIN = {"cblock1.conv1.weight": np.ones(2), "conv5.bias": np.zeros(1)}
+MOMENTS = {"state": {0: {"step": np.zeros(()), "exp_avg": np.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "notes"),
+    [
+        (PLAIN, []),
+        ({"model_state_dict": PLAIN, "optimizer": MOMENTS, "epoch": 3}, ["entry 'model_state_dict'"]),
+        ({**PLAIN, "mask_values": [0, 255]}, ["no tensors are left out: mask_values"]),
+        ({f"module.{name}": value for name, value in PLAIN.items()}, ["prefix 'module.'"]),
+        (
+            {"state_dict": {**{f"model.{n}": v for n, v in PLAIN.items()}, "criterion.weight": np.ones(3)}, "epoch": 1},
+            ["entry 'state_dict'", "prefix 'model.'", "without that prefix: criterion.weight"],
+        ),
+        ({"a": {"b": {"net": PLAIN}}}, ["entry 'a.b.net'"]),
+    ],
+)
+def test_the_state_dict_in_a_checkpoint_is_found(content, notes):
+    found, told = find_state_dict(content)
+    assert found == PLAIN
+    assert len(told) == len(notes)
+    assert all(note in line for note, line in zip(notes, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 3, "optimizer": MOMENTS}, "holds no state dict, but epoch, optimizer: save"),
+        ({"model": PLAIN, "ema": PLAIN}, r"holds 2 state dicts \(model, ema\): save the one that you mean"),
+        ([PLAIN], "holds no state dict, but list"),
+    ],
+)
+def test_what_holds_no_or_many_state_dicts_is_refused(content, message):
+    with pytest.raises(InputError, match=message):
+        find_state_dict(content)
+
+
+def test_a_pickled_model_is_refused_in_a_whole_line(scripts, tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise RuntimeError(
+            "Weights only load failed. This file can still be loaded, to do so you have two options, \x1b[1mdo those"
+            " steps only if you trust the source\x1b[0m.\nUnsupported global: GLOBAL net.UNet was not an allowed global"
+        )
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=load))
+    path = tmp_path / "x.pth"
+    path.write_bytes(b"PK whatever")
+    with pytest.raises(InputError) as error:
+        scripts.import_torch.read_state_dict(path)
+    assert "holds other objects than tensors (net.UNet)" in str(error.value)
+    assert str(error.value).endswith("save the weights alone by torch.save(network.state_dict(), 'weights.pth')")
+    assert "\x1b" not in str(error.value)
+
+
+def save_safetensors(path, arrays):
+    entries, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, (dtype, array) in arrays.items():
+        offsets = [len(data), len(data) + array.nbytes]
+        entries[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": offsets}
+        data += array.tobytes()
+    head = json.dumps(entries).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + data)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_safetensors_are_read_whatever_their_name(scripts, tmp_path, capsys, name):
+    values = np.array([[1.5, -2.0, 0.25]], np.float32)
+    half = (values.view(np.uint32) >> 16).astype(np.uint16)
+    arrays = {"a.cblock1.conv1.weight": ("F32", values), "a.b": ("BF16", half), "a.c": ("F16", values.astype("f2"))}
+    save_safetensors(tmp_path / name, arrays)
+    found = scripts.import_torch.read_state_dict(tmp_path / name)
+    assert set(found) == {"cblock1.conv1.weight", "b", "c"}
+    for array in found.values():
+        np.testing.assert_array_equal(array, values)
+    assert "names without their prefix 'a.'" in capsys.readouterr().out
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-5])
+    with pytest.raises(InputError, match="is damaged"):
+        scripts.import_torch.read_state_dict(tmp_path / name)

@@ -201,3 +201,24 @@ def test_a_text_that_names_no_loss_is_refused_in_one_line(text, term):
             parse(text)
         assert f"the term {term!r}: write cross_entropy, log_dice, soft_dice" in str(error.value)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("label", [3, 254, -1, 1000])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_label_that_is_no_class_makes_the_loss_nan(name, label):
+    labels = LABELS.astype(np.int32)
+    labels[1, 0, 0] = label
+    assert np.isnan(value(name, labels=labels))
+    # In padding no label matters.
+    weights = np.array([1, 0, 1, 1], np.float32)
+    loss, gradient = value_and_gradient(name)(LOGITS, labels, weights)
+    assert float(loss) == value(name, weights=weights)
+    assert np.isfinite(gradient).all()
+    with_weights = make_loss("cross_entropy", (1.0, 2.0, 3.0))
+    assert np.isnan(with_weights(LOGITS, labels, ONES))
+    assert np.isfinite(with_weights(LOGITS, labels, weights))
+
+
+def test_unsigned_labels_and_more_classes_than_they_can_count():
+    logits = np.zeros((1, 1, 2, 300), np.float32)
+    assert value("cross_entropy", logits, np.array([[[0, 254]]], np.uint8), ONES[:1]) == pytest.approx(np.log(300))

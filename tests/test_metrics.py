@@ -8,7 +8,7 @@ import pytest
 
 from unet_jax.config import IGNORE_LABEL
 from unet_jax.losses import cross_entropy, log_dice
-from unet_jax.metrics import PictureSums, class_scores, mean_iou, picture_sums, scores
+from unet_jax.metrics import PictureSums, class_scores, mean_iou, picture_sums, scores, scores_csv
 
 NAMES = ("pet", "background", "border")
 RNG = np.random.default_rng(0)
@@ -80,10 +80,10 @@ def test_binary_iou_needs_a_background_and_something_else():
     assert first["binary_iou"] == pytest.approx(6 / 9)
 
 
-def test_nothing_that_counts_has_scores_too():
+def test_nothing_that_counts_has_no_scores():
     result = scores(of_confusion(np.zeros((3, 3), int)), NAMES)
-    assert (result["mean_iou"], result["pixel_accuracy"], result["binary_iou"]) == (0, 0, 0)
-    assert set(result["iou"].values()) == {None}
+    by_class = {*result.pop("iou").values(), *result.pop("dice").values()}
+    assert by_class == {*result.values()} == {None}
     json.dumps(result, allow_nan=False)
 
 
@@ -92,7 +92,7 @@ def test_scores_of_many_matrices_at_once():
     iou, dice = class_scores(matrices)
     np.testing.assert_allclose(iou, [[3 / 5, 5 / 7], [1, np.nan], [np.nan, np.nan]])
     np.testing.assert_allclose(dice, [[6 / 8, 10 / 12], [1, np.nan], [np.nan, np.nan]])
-    np.testing.assert_allclose(mean_iou(matrices), [(3 / 5 + 5 / 7) / 2, 1, 0])
+    np.testing.assert_allclose(mean_iou(matrices), [(3 / 5 + 5 / 7) / 2, 1, np.nan])
 
 
 def test_losses_of_the_split_are_those_of_one_whole_batch():
@@ -117,8 +117,28 @@ def test_scores_do_not_depend_on_the_batch_size():
     assert scores(PictureSums(*(array[:5] for array in joined)), NAMES) == alike
 
 
+def test_scores_of_each_picture_as_csv():
+    confusion = np.array([[[3, 1, 0], [0, 4, 0], [0, 0, 0]], np.zeros((3, 3), int)])
+    lines = scores_csv(["a,b", "void"], confusion, NAMES).splitlines()
+    assert lines == [
+        "picture,mean_iou,pixel_accuracy,iou_pet,iou_background,iou_border",
+        '"a,b",0.775000,0.875000,0.750000,0.800000,',
+        "void,,,,,",
+    ]
+
+
 def test_strict_promotion_and_bfloat16_logits():
     with jax.numpy_dtype_promotion("strict"):
         sums = sums_of(LOGITS.astype("bfloat16"), LABELS, WEIGHTS)
     assert [array.dtype for array in sums] == [np.int32, np.float32, np.float32]
     assert np.asarray(sums.confusion).sum() == (LABELS[:5] != IGNORE_LABEL).sum()
+
+
+def test_a_label_that_is_no_class_is_in_no_confusion_and_spoils_its_picture():
+    labels = LABELS.astype(np.int32)
+    labels[1, 0, 0] = 3
+    sums, clean = sums_of(LOGITS, labels, WEIGHTS), sums_of(LOGITS, LABELS, WEIGHTS)
+    assert np.isnan(sums.likelihood[1])
+    assert np.isnan(sums.log_likelihood[1])
+    np.testing.assert_array_equal(sums.likelihood[2:], clean.likelihood[2:])
+    assert np.asarray(sums.confusion)[1].sum() == (labels[1] < 3).sum()

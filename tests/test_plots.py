@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_jax.plots import COLOURS, colour_labels, comparison_figure, metrics_figure, palette, results_figure
+from unet_jax.plots import (
+    COLOURS,
+    _oklab,
+    colour_labels,
+    comparison_figure,
+    metrics_figure,
+    overlay,
+    palette,
+    results_figure,
+    spread,
+)
 
 NAMES = ("pet", "background", "border")
 RNG = np.random.default_rng(0)
@@ -47,6 +57,17 @@ def test_palette_begins_with_the_named_colours_and_stays_distinct():
     assert distance[np.arange(39), np.arange(1, 40)].min() >= 48  # neighbours are well apart
     assert np.abs(colours).max(-1).min() >= 48  # none is near the black of ignored pixels
     assert palette(1).shape == (1, 3)
+    # As the eye sees it: with hues by the golden angle two of the first ten were .03 apart.
+    places = _oklab(np.array([(0, 0, 0), *palette(24)], float))
+    between = np.linalg.norm(places[:, None] - places, axis=-1) + 9 * np.eye(25)
+    assert between.min() > 0.12
+    assert len(set(map(tuple, palette(255)))) == 255
+
+
+def test_the_datas_own_colours_are_used():
+    own = ("#010203", "#ff0000")
+    np.testing.assert_array_equal(palette(2, own), [[1, 2, 3], [255, 0, 0]])
+    np.testing.assert_array_equal(colour_labels(np.array([1, 255]), 2, own), [[255, 0, 0], [0, 0, 0]])
 
 
 @pytest.mark.parametrize("classes", [3, 12])
@@ -70,8 +91,66 @@ def test_metrics_figure():
     assert list(drawn) == ["mean", *NAMES]
     assert drawn["pet"] == ([1, 2, 3], pytest.approx([0.2, 0.4, 0.6]))
     assert drawn["border"][1] == pytest.approx([np.nan, 0.01, 0.01], nan_ok=True)  # None: a gap
-    assert [text.get_text() for text in iou.get_legend().get_texts()] == ["mean", *NAMES]
-    assert png_size(figure) == (500, 200)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["mean", *NAMES]
+    # One colour a class everywhere.
+    assert [matplotlib.colors.to_hex(line.get_color()) for line in iou.lines[1:]] == list(COLOURS[:3])
+    own = metrics_figure(records(3), "a run", ("#000001", "#000002", "#000003"))
+    assert matplotlib.colors.to_hex(own.axes[1].lines[2].get_color()) == "#000002"
+    width, height = png_size(figure)
+    assert 500 < width < 600
+    assert height == 200
+
+
+def overlaps(box, other) -> bool:
+    return bool(box.x0 < other.x1 and other.x0 < box.x1 and box.y0 < other.y1 and other.y0 < box.y1)
+
+
+@pytest.mark.parametrize("count", [3, 11, 60])
+def test_legends_are_whole_and_cover_nothing(count):
+    names = [f"a class of number {i}" for i in range(count)]
+    lines_of = [{**r, "iou": dict.fromkeys(names, 0.5)} for r in records(2)]
+    one = np.zeros((1, 4, 4), np.uint8)
+    figures = (metrics_figure(lines_of, "x"), results_figure(np.zeros((1, 4, 4, 3), np.uint8), one, one, names, "x"))
+    for figure in figures:
+        png_size(figure)
+        (legend,) = figure.legends
+        box, page = legend.get_window_extent(), figure.bbox
+        assert box.x0 >= page.x0 - 1
+        assert box.x1 <= page.x1 + 1
+        assert box.y0 >= page.y0 - 1
+        assert box.y1 <= page.y1 + 1
+        assert not any(overlaps(box, axes.get_window_extent()) for axes in figure.axes)
+        assert len(legend.get_texts()) >= count
+        assert min(axes.get_window_extent().width for axes in figure.axes) > 100
+
+
+def test_names_are_shown_as_they_are_whatever_they_have_in_them():
+    names = ("$a$b$", "_hidden", "caf\udce9", "x" * 200)
+    one = np.zeros((1, 4, 4), np.uint8)
+    figure = results_figure(np.zeros((1, 4, 4, 3), np.uint8), one, one, names, "$\\frac$ $", ("$p$\nmean IoU",))
+    png_size(figure)
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown[:3] == [r"\$a\$b\$", "\u200b_hidden", "caf?"]
+    assert len(shown[3]) == 40
+    png_size(metrics_figure([{**r, "iou": dict.fromkeys(names, 0.5)} for r in records(2)], "$\\x$"))
+
+
+def test_the_background_is_clear_in_an_overlay():
+    image = np.full((40, 40, 3), 100, np.uint8)
+    labels = np.zeros((40, 40), np.uint8)
+    labels[10:30, 10:30] = 1
+    seen = overlay(image, labels, ("Background", "thing"), ("#000000", "#ff0000"))
+    np.testing.assert_array_equal(seen[:9], image[:9])
+    np.testing.assert_allclose(seen[20, 20], 0.55 * np.array([100] * 3) + 0.45 * np.array([255, 0, 0]), atol=1)
+    np.testing.assert_array_equal(seen[10, 20], [255] * 3)  # the line between them
+    assert (overlay(image, labels, ("a", "b"))[:9] != image[:9]).any()  # without a background all are tinted
+
+
+def test_pictures_shown_are_spread_over_the_split():
+    np.testing.assert_array_equal(spread(91, 10), np.arange(0, 91, 10))
+    np.testing.assert_array_equal(spread(3, 10), [0, 1, 2])
+    np.testing.assert_array_equal(spread(1, 10), [0])
 
 
 def test_results_figure():

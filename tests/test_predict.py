@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from unet_jax import checkpoint, device, predict, runs, train
-from unet_jax.config import ModelConfig, default_config, to_dict
+from unet_jax.config import DataConfig, ModelConfig, default_config, to_dict
+from unet_jax.data import pictures
+from unet_jax.data.pictures import read_picture
 from unet_jax.errors import InputError
 from unet_jax.plots import palette
 
@@ -102,7 +104,7 @@ def test_bands_are_one_resize():
     np.testing.assert_allclose(np.concatenate(bands)[:, :, 1], np.asarray(whole), atol=1e-5)
 
 
-@pytest.mark.parametrize(("downsampling", "tta"), [("max_pool", True), ("strided_conv", False)])
+@pytest.mark.parametrize(("downsampling", "tta"), [("max_pool", "all"), ("strided_conv", "none")])
 def test_tiles_are_the_whole_picture(tmp_path, small_tiles, downsampling, tta):
     predictor = predict.load(make_run(tmp_path / "run", downsampling), small_tiles)
     image = picture(128, 128)
@@ -113,6 +115,25 @@ def test_tiles_are_the_whole_picture(tmp_path, small_tiles, downsampling, tta):
     filled = np.pad(image[:121, :100], ((0, 7), (0, 28), (0, 0)), mode="symmetric")
     whole = predictor.network(filled[None], tta)[0, :121, :100]
     np.testing.assert_allclose(predictor(image[:121, :100], "tile", tta, probabilities=True), whole, atol=1e-5)
+
+
+def test_tile_mode_shows_pictures_at_the_scale_of_training(run, small_tiles):
+    native = predict.load(run, small_tiles)
+    data = dataclasses.replace(native.config.data, scale=(0.5, 0.25))
+    predictor = dataclasses.replace(native, config=dataclasses.replace(native.config, data=data))
+    image = picture(160, 256)
+    small = np.asarray(Image.fromarray(image).resize((64, 80), Image.Resampling.BILINEAR))
+    expected = predict.assemble(predict.grow(native(small, "native", probabilities=True), 160, 256), True)
+    np.testing.assert_allclose(predictor(image, "tile", probabilities=True), expected, atol=1e-6)
+    labels = predictor(image, "native")
+    np.testing.assert_array_equal(labels, native(image, "native"))
+    np.testing.assert_array_equal(labels, native(image, "tile"))  # of a run that knows no scale
+    assert (labels != predictor(image, "tile")).any()
+
+
+def test_tile_mode_says_at_which_scale(script):
+    assert "at the scale of training, 0.50 of their height and 0.25 of their width" in script.scale_line((0.5, 0.25))
+    assert "does not say at which scale" in script.scale_line(None)
 
 
 def test_a_narrower_margin_would_not_do(run, small_tiles, monkeypatch):
@@ -140,13 +161,32 @@ def test_window_weights(size, tile):
     np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["resize", "tile"])
-def test_tta_commutes_with_flips(predictor, mode):
+@pytest.mark.parametrize(("mode", "tta"), [("resize", "horizontal"), ("resize", "all"), ("tile", "all")])
+def test_tta_commutes_with_the_flips_that_it_averages(predictor, mode, tta):
     image = picture(128, 256)
-    flipped = predictor(image[:, ::-1], mode, tta=True, probabilities=True)
-    np.testing.assert_allclose(flipped[:, ::-1], predictor(image, mode, tta=True, probabilities=True), atol=1e-5)
-    plain = predictor(image, mode, probabilities=True)
-    assert np.abs(predictor(image, mode, tta=True, probabilities=True) - plain).max() > 1e-3
+    averaged = predictor(image, mode, tta=tta, probabilities=True)
+    flipped = predictor(image[:, ::-1], mode, tta=tta, probabilities=True)
+    np.testing.assert_allclose(flipped[:, ::-1], averaged, atol=1e-5)
+    upside_down = predictor(image[::-1], mode, tta=tta, probabilities=True)
+    assert np.allclose(upside_down[::-1], averaged, atol=1e-5) == (tta == "all")
+    assert np.abs(averaged - predictor(image, mode, probabilities=True)).max() > 1e-3
+
+
+def test_tta_is_the_mean_over_the_picture_and_its_mirror_image(predictor):
+    image = picture(SIZE, SIZE)
+    views = [predictor(view, probabilities=True) for view in (image, image[:, ::-1])]
+    expected = (views[0] + views[1][:, ::-1]) / 2
+    np.testing.assert_allclose(predictor(image, tta="horizontal", probabilities=True), expected, atol=1e-6)
+
+
+def test_a_bare_tta_flag_is_horizontal(script):
+    for given, meant in (
+        (["run", "x.png", "--tta", "--out", "o"], ["run", "x.png", "--tta", "horizontal", "--out", "o"]),
+        (["run", "--tta", "x.png"], ["run", "--tta", "horizontal", "x.png"]),
+        (["--tta", "all", "--tta"], ["--tta", "all", "--tta", "horizontal"]),
+        (["--tta", "none"], ["--tta", "none"]),
+    ):
+        assert script.with_tta_named(given) == meant
 
 
 @pytest.mark.parametrize(
@@ -161,6 +201,11 @@ def test_what_is_no_picture(predictor, bad):
 def test_bad_arguments(run, tmp_path, predictor):
     with pytest.raises(InputError, match="unknown mode"):
         predictor(picture(8, 8), "tiles")
+    with pytest.raises(InputError, match="unknown tta True: choose from none, horizontal, all"):
+        predictor(picture(8, 8), tta=True)
+    for bad in (3, None, Path("x.png")):
+        with pytest.raises(InputError, match="is no picture: pictures are uint8 arrays"):
+            predictor(bad)
     with pytest.raises(InputError, match="multiple of 128"):
         predict.load(run, tile_size=100)
     with pytest.raises(InputError, match="no run folder"):
@@ -193,7 +238,7 @@ def test_kinds_of_pictures(tmp_path, mode):
         image = image.convert(mode)
     if mode != "turned":
         image.save(path)
-    np.testing.assert_array_equal(predict.read_picture(path), expected)
+    np.testing.assert_array_equal(read_picture(path), expected)
 
 
 def test_unreadable_pictures(tmp_path, monkeypatch):
@@ -208,11 +253,11 @@ def test_unreadable_pictures(tmp_path, monkeypatch):
     ):
         path.write_bytes(content) if content is not None else path.unlink()
         with pytest.raises(InputError, match=f"{path.name}: .*{reason}"):
-            predict.read_picture(path)
+            read_picture(path)
     path.write_bytes(data)
-    monkeypatch.setattr(predict, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
     with pytest.raises(InputError, match=r"40x40 pixels"):
-        predict.read_picture(path)
+        read_picture(path)
 
 
 def test_mutated_pictures_are_read_or_refused(tmp_path):
@@ -233,7 +278,7 @@ def test_mutated_pictures_are_read_or_refused(tmp_path):
         path = tmp_path / "a"
         path.write_bytes(data)
         try:
-            image = predict.read_picture(path)
+            image = read_picture(path)
             assert (image.ndim, image.dtype) == (3, np.uint8)
         except InputError as error:
             refused.append(str(error))
@@ -289,6 +334,28 @@ def test_command_refuses(run, tmp_path, script, monkeypatch):
     assert script.main(script.Options(run, (str(tmp_path / "bad.png"),), tmp_path / "out")) == 2
 
 
+def test_what_a_folder_holds_besides_is_told(tmp_path, script, capsys):
+    for name in ("a.png", "b.heic", "c.HEIC", "d.jp2", "e"):
+        Image.fromarray(picture(8, 8)).save(tmp_path / name, "PNG")
+    (tmp_path / "more").mkdir()
+    assert script.find([str(tmp_path)]) == ([tmp_path / "a.png"], [])
+    others = "2 .heic, 1 .jp2, 1 without an ending, 1 folder"
+    assert f"which is left out: {others}\n" in capsys.readouterr().err
+    (tmp_path / "a.png").unlink()
+    assert script.find([str(tmp_path)]) == ([], [f"{tmp_path}: the folder has no pictures of known formats ({others})"])
+
+
+@pytest.mark.parametrize(("of_run", "given", "expected"), [(4095, None, 255), (65535, 4095, 255), (65535, None, 15)])
+def test_16_bits_are_read_as_the_run_read_them(tmp_path, script, capsys, predictor, of_run, given, expected):
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "a.png")
+    data = dataclasses.replace(predictor.config.data, white=of_run)
+    same = dataclasses.replace(predictor, config=dataclasses.replace(predictor.config, data=data))
+    options = script.Options(tmp_path, (), tmp_path, white=given)
+    _, image, _ = script.read(tmp_path / "a.png", "a", options, same)
+    assert (image == expected).all()
+    assert ("--white 4095 suits them" in capsys.readouterr().err) == (expected == 15)
+
+
 def test_names_are_each_their_own(script):
     paths = [Path(p) for p in ("/a/x.png", "/b/X.png", "/a/x.jpg", "/a/y.png", "/c/a-x.png")]
     assert script.name_outputs(paths) == ["a-x", "b-X", "a-x-2", "y", "a-x-3"]
@@ -317,7 +384,7 @@ def test_what_is_cut_off_leaves_the_file_before(tmp_path, script, monkeypatch, k
         )
     options = script.Options(tmp_path, (), tmp_path, mode="tile", probabilities=True)
     with pytest.raises(KeyboardInterrupt):
-        script.write("x", picture(8, 8), np.zeros((8, 8, 3), np.float32), options, ("a", "b", "c"))
+        script.write("x", picture(8, 8), np.zeros((8, 8, 3), np.float32), options, DataConfig())
     assert path.read_text() == "before"
     assert not list(tmp_path.glob(".*"))
 

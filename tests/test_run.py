@@ -68,7 +68,8 @@ def test_all_variants_end_to_end(finished):
         row = VARIANTS[name]
         run = finished / name
         expected = {"config.json", "environment.json", "metrics.jsonl", "metrics.png", "results.png", "summary.json"}
-        assert expected | {"checkpoints"} <= {p.name for p in run.iterdir()}
+        expected |= {"checkpoints", "split.json", "scores.csv"}
+        assert expected <= {p.name for p in run.iterdir()}
         config = json.loads((run / "config.json").read_text())
         assert (config["format_version"], config["data"]["dataset"]) == (1, "synthetic")
         assert (config["train"]["loss"], config["model"]["upsampling"]) == (row.loss, row.upsampling)

@@ -93,9 +93,9 @@ def recolour(images: Array, change: Change) -> Array:
     colours about the grey axis.
     """
     brightness, contrast, saturation, hue = (p[:, None, None] for p in change[5:])
-    grey = jnp.broadcast_to(jnp.array([[[0.299, 0.587, 0.114]]]), (1, 3, 3))
-    same, mean = jnp.eye(3)[None], jnp.full((1, 3, 3), 1 / 3)
-    across = jnp.array([[[0, -1, 1], [1, 0, -1], [-1, 1, 0]]]) / 3**0.5
+    grey = jnp.broadcast_to(jnp.float32([[[0.299, 0.587, 0.114]]]), (1, 3, 3))
+    same, mean = jnp.eye(3, dtype=jnp.float32)[None], jnp.full((1, 3, 3), 1 / 3, jnp.float32)
+    across = jnp.float32([[[0, -1, 1], [1, 0, -1], [-1, 1, 0]]]) / 3**0.5
     saturate = saturation * same + (1 - saturation) * grey
     turn = jnp.cos(hue) * same + (1 - jnp.cos(hue)) * mean + jnp.sin(hue) * across  # Rodrigues' formula
     product = partial(jnp.einsum, precision="highest")  # not in TF32

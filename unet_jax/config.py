@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Augment = Literal["none", "basic", "strong"]
 Schedule = Literal["constant", "cosine"]
 DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic", "folder"]
+Meaning = Literal["class", "ignored"]
 
 
 class Variant(NamedTuple):
@@ -67,9 +69,17 @@ class DataConfig:
     class_names: tuple[str, ...] = ("pet", "background", "border")
     """A name for each class, in the order of the labels. Default for a folder: of its classes.json, or counted."""
     test_fraction: float = 0.2
-    """Share of a folder's pictures that the test split gets, where it has no train.txt or test.txt."""
+    """Share of a folder's pictures that the test split gets, where it has no train.txt or test.txt; 0: no test."""
     validation_fraction: float = 0.0
     """Share of the training pictures that is kept from training, and chooses the best epoch; test then waits for it."""
+    class_colours: tuple[str, ...] = ()
+    """A colour for each class in figures and masks, as #rrggbb. Default: of a folder's classes.json, else ours."""
+    scale: tuple[float, float] | None = None
+    """Size in training over the pictures' own, down and across, which tile mode uses. Default: the median of them."""
+    mask_255: Meaning | None = None
+    """What 255 is in a folder's masks: the second of two classes, or no class. Default: what all masks together say."""
+    white: int | None = 65535
+    """The value of 16-bit grey pictures that is white. Default for a folder: the most of as many bits as they use."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +145,10 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
 
 
-# Two runs that differ in these alone are the same run: folders, how long to go on, and memory for time.
-NOT_COMPARED = {"data.data_dir", "train.epochs", "model.remat"}
+# Two runs that differ in these alone are the same run: folders, what is for predictions, how long to go on, and memory
+# for time.
+NOT_COMPARED = {"data.data_dir", "data.class_colours", "data.scale", "train.epochs", "model.remat"}
+FOUND = {"data.mask_255", "data.white"}  # in the data, and compared where a run has found them
 
 
 def default_config(variant: str, dataset: DatasetName) -> RunConfig:
@@ -158,7 +170,7 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
         data = DataConfig(dataset, image_size=64, train_examples=counts["train"], test_examples=counts["test"])
         return RunConfig(variant, data, model, replace(train, batch_size=16, epochs=5))
     if dataset == "folder":
-        data = DataConfig(dataset, class_names=())
+        data = DataConfig(dataset, class_names=(), white=None)
         return RunConfig(variant, data, model, replace(train, batch_size=FOLDER_BATCH_SIZE))
     return RunConfig(variant, DataConfig(dataset), model, train)
 
@@ -190,6 +202,7 @@ def check_config(config: RunConfig) -> None:
     if not (math.isfinite(train.learning_rate) and train.learning_rate > 0):
         raise InputError(f"--learning-rate is {train.learning_rate}: it must be positive and finite")
     shares = {"dropout-rate": model.dropout_rate, "ema": train.ema, "validation-fraction": data.validation_fraction}
+    shares["test-fraction"] = data.test_fraction
     for flag, share in shares.items():
         if not 0 <= share < 1:
             raise InputError(f"--{flag} is {share}: it must be at least 0 and below 1")
@@ -198,11 +211,20 @@ def check_config(config: RunConfig) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {amount}: it must be finite and not negative")
     if train.schedule == "cosine" and train.warmup_epochs >= train.epochs:
         raise InputError(f"--warmup-epochs is {train.warmup_epochs}: it must be below --epochs {train.epochs}")
-    if train.seed < 0:
-        raise InputError(f"--seed is {train.seed}: it must not be negative")
-    if not 0 < data.test_fraction < 1:
-        raise InputError(f"--test-fraction is {data.test_fraction}: it must be above 0 and below 1")
+    if not 0 <= train.seed < 2**32:  # of a larger one JAX takes the last 32 bits
+        raise InputError(f"--seed is {train.seed}: it must be from 0 to {2**32 - 1}")
+    if data.class_colours and (
+        (data.class_names and len(data.class_colours) != len(data.class_names))
+        or not all(re.fullmatch("#[0-9a-fA-F]{6}", colour) for colour in data.class_colours)
+    ):
+        raise InputError(f"--class-colours are {', '.join(data.class_colours)}: give each class one, such as '#e69f00'")
+    if data.scale and not all(0 < factor < math.inf for factor in data.scale):
+        raise InputError(f"--scale is {data.scale}: both must be positive and finite")
+    if data.white is not None and not 0 < data.white < 65536:
+        raise InputError(f"--white is {data.white}: it must be from 1 to 65535")
     check_size(data.image_size, data.image_size, len(model.widths))
+    if data.class_names or data.dataset != "folder":  # whose classes are yet to be counted
+        check_class_names(data.class_names)
     names = [name for _, name in loss_terms(train.loss)]
     if train.class_weights and "cross_entropy" not in names:
         raise InputError(f"--class-weights are those of cross_entropy, which --loss {train.loss} lacks")
@@ -210,6 +232,23 @@ def check_config(config: RunConfig) -> None:
         raise InputError(f"--class-weights are {train.class_weights}: they must be finite, not negative, and not all 0")
     if train.class_weights and data.class_names and len(train.class_weights) != len(data.class_names):
         raise InputError(f"--class-weights are {len(train.class_weights)}, the classes {', '.join(data.class_names)}")
+
+
+def check_class_names(names: Sequence[str]) -> None:
+    """Raises InputError unless they are two or more different names, and no more than labels can hold."""
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"--class-names has {', '.join(repeated)} more than once: each class needs its own name")
+    if not 2 <= len(names) <= IGNORE_LABEL:
+        raise InputError(f"--class-names are {len(names)}: two classes are the least, {IGNORE_LABEL} the most")
+
+
+def check_classes_of_data(names: Sequence[str], source: Sequence[str], dataset: str) -> None:
+    """Raises InputError for class names that are not as many as the dataset's, or its own in another order."""
+    if len(names) != len(source) or (set(names) == set(source) and tuple(names) != tuple(source)):
+        raise InputError(
+            f"--class-names are {', '.join(names)}, but the masks of {dataset} have {len(source)} classes, in this"
+            f" order: {', '.join(source)}"
+        )
 
 
 def loss_terms(text: str) -> tuple[tuple[float, str], ...]:
@@ -259,6 +298,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """
     ignored = NOT_COMPARED - ({"train.epochs"} if new.train.schedule == "cosine" else set())
     before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    ignored |= {name for name in FOUND if before[name] is None}
     return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and k not in ignored]
 
 

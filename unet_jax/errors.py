@@ -2,11 +2,15 @@
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 
+from unet_jax.signals import ending_at_once
+
 # What a disk may refuse.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+SIGPIPE_STATUS = 128 + 13
 
 
 class InputError(Exception):
@@ -17,21 +21,46 @@ class InputError(Exception):
 def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
     """Turns an InputError (or a full disk) into one line on stderr and exit status 2, for the experiments' `main`.
 
-    `interrupted` is what Ctrl-C prints, with exit status 1.
+    `interrupted` is what Ctrl-C prints (signals.ending_at_once). Output that nobody reads any more, as of
+    `run.py | head -1`, ends the process with SIGPIPE's status.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # file names may have bytes that are no characters
+            stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        with ending_at_once(interrupted):
+            try:
+                yield
+            finally:
+                sys.stdout.flush()
     except InputError as error:
         message = str(error)
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):  # which are flushed once more at the end
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(SIGPIPE_STATUS)
     except OSError as error:
         if error.errno not in (*STORAGE, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise
         advice = "free some room or choose another folder" if error.errno in STORAGE else "choose another name"
         message = f"{error.strerror}: {error.filename or 'writing a file'}; {advice}"
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)  # by itself: not every process lives to print an exit's text
-        sys.exit(1)
+    except (AssertionError, RuntimeError):
+        if not (message := _unusable_platform()):
+            raise
     else:
         return
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _unusable_platform() -> str:
+    """What to say where JAX_PLATFORMS asks for a device that JAX does not have, else ""."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms or "jax" not in sys.modules:
+        return ""
+    try:
+        sys.modules["jax"].devices()
+    except (AssertionError, RuntimeError):
+        return f"JAX has no device for JAX_PLATFORMS={platforms}: unset it, or install jax for that device"
+    return ""

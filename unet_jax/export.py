@@ -19,11 +19,9 @@ from unet_jax.train import TrainState, inference_state, make_model
 PLATFORMS = ("cpu", "cuda", "tpu")
 ARTIFACT = "model.jaxexport"
 USAGE = """\
-import jax, json, pathlib
+import jax, pathlib
 model = jax.export.deserialize(bytearray(pathlib.Path("model.jaxexport").read_bytes()))
-options = json.loads(pathlib.Path("model.json").read_text())["cpu_compiler_options"]  # the checkpoint's own rounding
-call = jax.jit(model.call, compiler_options=options if jax.default_backend() == "cpu" else None)
-labels = call(images).argmax(-1)"""
+labels = jax.jit(model.call)(images).argmax(-1)"""
 
 
 def input_shape(config: RunConfig) -> str:
@@ -60,7 +58,10 @@ def describe(config: RunConfig, step: int, artifact: bytes, version: int) -> dic
         "needs": ["jax", "flatbuffers"],
         "usage": USAGE.split("\n"),
         # The option of device.compiler_options belongs to the caller's jit and cannot travel in the artifact.
-        "cpu_compiler_options": {"xla_cpu_experimental_ynn_fusion_type": ""},
+        "optional_on_cpu": {
+            "compiler_options": {"xla_cpu_experimental_ynn_fusion_type": ""},
+            "why": "faster, with the run's own rounding; leave it out where this XLA does not know it",
+        },
         "input": {"name": "images [pictures, height, width, RGB]", "dtype": "uint8", "shape": shape},
         "output": {"name": "class probabilities", "dtype": "float32", "shape": [*shape[:3], len(names)]},
         "class_names": names,

@@ -7,7 +7,7 @@ For five widths the names are cblock1-5 and ublock6-9 (each conv1, bn1, conv2, b
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ import numpy as np
 
 from unet_jax.errors import InputError
 from unet_jax.model import UNet
+
+FIRST = "cblock1.conv1.weight"  # every network of ours has it
 
 
 def variables_from_state_dict(state_dict: Mapping[str, np.ndarray], model: UNet) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def variables_from_state_dict(state_dict: Mapping[str, np.ndarray], model: UNet)
     """
     levels = len(model.widths)
     arrays = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): array for name, array in state_dict.items()}
-    first = np.shape(arrays.get("cblock1.conv1.weight", ()))  # [O, I, 3, 3]
+    first = np.shape(arrays.get(FIRST, ()))  # [O, I, 3, 3]
     images = jnp.zeros((1, 2 ** (levels - 1), 2 ** (levels - 1), first[1] if len(first) == 4 else 3))
     leaves, tree = jax.tree.flatten_with_path(jax.eval_shape(model.init, jax.random.key(0), images))
     layers = _torch_layers(model)
@@ -67,6 +69,49 @@ def variables_from_state_dict(state_dict: Mapping[str, np.ndarray], model: UNet)
     return jax.tree.unflatten(tree, [convert(arrays[name]) for name in shapes])
 
 
+def find_state_dict(content: Any) -> tuple[dict[str, Any], list[str]]:
+    """The network's state dict in what torch.load gave, its names from "cblock1" on, and a line for what that left out.
+
+    It may lie in a dictionary beside other things, hold other entries beside the tensors, and have a prefix to all its
+    names. Tensors are what has a shape.
+
+    Raises:
+      InputError: there is none, or more than one.
+    """
+    found = _state_dicts(content, "")
+    if len(found) != 1:
+        inside = f"{_some(content)}" if isinstance(content, Mapping) else type(content).__name__
+        many = f"holds {len(found)} state dicts ({_some(found)}): save the one that you mean"
+        raise InputError(many if found else f"holds no state dict, but {inside}: save network.state_dict()")
+    ((where, entries),) = found.items()
+    tensors = {str(name): value for name, value in entries.items() if hasattr(value, "shape")}
+    notes = [f"the weights are its entry {where!r}, other entries are left out"] if where else []
+    if len(tensors) < len(entries):
+        notes.append(f"entries that are no tensors are left out: {_some([n for n in entries if n not in tensors])}")
+    prefix = next((name.removesuffix(FIRST) for name in tensors if name.endswith(FIRST)), "")
+    inner = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if prefix:
+        notes.append(f"names without their prefix {prefix!r}")
+    if len(inner) < len(tensors):
+        notes.append(f"left out, without that prefix: {_some([n for n in tensors if not n.startswith(prefix)])}")
+    return inner, notes
+
+
+def _state_dicts(content: Any, where: str) -> dict[str, Mapping[Any, Any]]:
+    """The dictionaries in `content` that hold tensors by names that end in "weight", by the keys that lead to them."""
+    if not isinstance(content, Mapping):
+        return {}
+    if any(str(name).endswith("weight") and hasattr(value, "shape") for name, value in content.items()):
+        return {where: content}
+    inner = [_state_dicts(value, f"{where}.{name}".lstrip(".")) for name, value in content.items()]
+    return {path: found for part in inner for path, found in part.items()}
+
+
+def _some(names: Iterable[Any]) -> str:
+    names = list(map(str, names))
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def _torch_layers(model: UNet) -> dict[str, str]:
     """{"encoder1.conv1": "cblock1.conv1", ...}: PyTorch's name of every layer that the model may have."""
     levels = len(model.widths)
@@ -89,7 +134,7 @@ def _advice(arrays: Mapping[str, np.ndarray], model: UNet) -> str:
     while f"cblock{blocks + 1}.conv1.bias" in arrays:
         blocks += 1
     if not blocks:
-        return "pass the network's own state dict, with names such as cblock1.conv1.weight"
+        return f"pass the network's own state dict, with names such as {FIRST}"
     like: dict[str, Any] = {
         "downsampling": "strided_conv" if "cblock1.transition_layer.weight" in arrays else "max_pool",
         "upsampling": "resize" if any(".transition_layer.1." in name for name in arrays) else "transposed_conv",

@@ -1,6 +1,7 @@
 """Losses of logits [B, H, W, C] against integer labels [B, H, W]: pure, in float32, weighted.
 
-`weights` [B] says how much each example counts (0: padding); pixels labelled IGNORE_LABEL count in nothing.
+`weights` [B] says how much each example counts (0: padding); pixels labelled IGNORE_LABEL count in nothing. Any other
+label that is no class (below 0, or C and above) makes every loss NaN: never a reward, and training stops at it.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,14 +18,26 @@ from unet_jax.config import IGNORE_LABEL, loss_terms
 Loss = Callable[[Array, ArrayLike, ArrayLike | None], Array]
 
 
-def pixel_weights(labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
-    """[B, H, W] float32: the example's weight where a label counts, else 0."""
-    counts = (jnp.asarray(labels) != IGNORE_LABEL).astype(jnp.float32)
-    return counts if weights is None else counts * jnp.asarray(weights, jnp.float32)[:, None, None]
+def pixel_weights(labels: ArrayLike, weights: ArrayLike | None = None, *, classes: int) -> Array:
+    """[B, H, W] float32: the example's weight where a label is a class, 0 where it is ignored, else NaN.
+
+    All are 0 in an example of weight 0.
+    """
+    labels = jnp.asarray(labels)
+    wide = labels.astype(jnp.int32)  # unsigned ones cannot be compared with every number of classes
+    counts = jnp.where((wide >= 0) & (wide < classes), 1, jnp.nan).astype(jnp.float32)
+    counts = jnp.where(labels == IGNORE_LABEL, 0, counts)
+    if weights is None:
+        return counts
+    weights = jnp.asarray(weights, jnp.float32)[:, None, None]
+    return jnp.where(weights == 0, 0, counts * weights)
 
 
 def log_likelihood(logits: Array, labels: ArrayLike) -> Array:
-    """[B, H, W]: the log softmax of the true class at each pixel (of class 0 where the label is ignored)."""
+    """[B, H, W]: the log softmax of the true class at each pixel (of class 0 where the label is ignored).
+
+    0 where a label is no class: `pixel_weights` has NaN there.
+    """
     labels = jnp.asarray(labels)
     classes = jnp.where(labels == IGNORE_LABEL, 0, labels).astype(jnp.int32)
     one_hot = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
@@ -49,7 +62,7 @@ def cross_entropy(
     class_weights [C]: the mean is weighted, sum(w[label] * -log softmax[label]) / sum(w[label]) over the batch's
     pixels, as that of torch.nn.CrossEntropyLoss(weight=w).
     """
-    counts = pixel_weights(labels, weights)
+    counts = pixel_weights(labels, weights, classes=logits.shape[-1])
     if class_weights:
         # Ignored labels are clipped to a class, of which they count nothing.
         counts = counts * jnp.take(jnp.asarray(class_weights, counts.dtype), jnp.asarray(labels), mode="clip")
@@ -62,12 +75,12 @@ def log_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None)
     I is the softmax of the true class summed over all pixels of the batch, N their number: it depends on the mean
     probability of the truth alone. Uniform logits of three classes give log 2, perfect ones 0.
     """
-    counts = pixel_weights(labels, weights)
+    counts = pixel_weights(labels, weights, classes=logits.shape[-1])
     intersection = (jnp.exp(log_likelihood(logits, labels)) * counts).sum()
     total = counts.sum()
     # A batch in which nothing counts gives 0, not infinity.
     ratio = 2 * intersection / (intersection + total + 1e-6)
-    return -jnp.log(jnp.where(total > 0, ratio, 1))
+    return -jnp.log(jnp.where(total == 0, 1, ratio))
 
 
 def soft_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
@@ -76,7 +89,7 @@ def soft_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None
     2 sum(p y) / (sum(p) + sum(y)) with p the softmax, y the one-hot truth (Milletari, Navab, Ahmadi 2016,
     arXiv:1606.04797, without the squares). A scalar; classes absent from the truth of the batch are left out.
     """
-    counts = pixel_weights(labels, weights)[..., None]
+    counts = pixel_weights(labels, weights, classes=logits.shape[-1])[..., None]
     truth = jax.nn.one_hot(labels, logits.shape[-1], dtype=counts.dtype) * counts
     probabilities = jax.nn.softmax(_wide(logits)) * counts
     axes = (0, 1, 2)

@@ -1,5 +1,8 @@
 """Segmentation metrics: sums made on the device picture by picture, scores made from them on the host."""
 
+import csv
+import io
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +24,13 @@ class PictureSums(NamedTuple):
 
 
 def picture_sums(logits: Array, labels: ArrayLike, weights: ArrayLike) -> PictureSums:
-    """Sums over the pixels that count of logits [N, H, W, C] against labels [N, H, W] with weights [N] of 0 or 1."""
+    """Sums over the pixels that count of logits [N, H, W, C] against labels [N, H, W] with weights [N] of 0 or 1.
+
+    A label that is neither a class nor ignored makes its picture's likelihoods NaN, and is in no confusion matrix.
+    """
     classes = logits.shape[-1]
-    counts = pixel_weights(labels, weights)
-    truth = jax.nn.one_hot(labels, classes, dtype=jnp.float32) * counts[..., None]
+    counts = pixel_weights(labels, weights, classes=classes)
+    truth = jax.nn.one_hot(labels, classes, dtype=jnp.float32) * (counts > 0)[..., None].astype(jnp.float32)
     predicted = jax.nn.one_hot(logits.argmax(-1), classes, dtype=jnp.float32)
     # Zeros and ones, summed in float32 over one picture: exact up to 2^24 pixels.
     confusion = jnp.einsum("nhwt,nhwp->ntp", truth, predicted, preferred_element_type=jnp.float32)
@@ -41,10 +47,14 @@ def class_scores(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_iou(confusion: np.ndarray) -> np.ndarray:
-    """Mean IoU [...] of confusion matrices [..., C, C], over the classes that are true or predicted somewhere."""
+    """Mean IoU [...] of confusion matrices [..., C, C], over the classes that are true or predicted somewhere.
+
+    NaN where none is, as in a picture without a pixel that counts.
+    """
     iou, _ = class_scores(confusion)
     occurs = ~np.isnan(iou)
-    return np.where(occurs, iou, 0).sum(-1) / np.maximum(occurs.sum(-1), 1)
+    with np.errstate(invalid="ignore"):
+        return np.where(occurs, iou, 0).sum(-1) / occurs.sum(-1)
 
 
 def scores(sums: PictureSums, class_names: Sequence[str]) -> dict[str, Any]:
@@ -52,17 +62,18 @@ def scores(sums: PictureSums, class_names: Sequence[str]) -> dict[str, Any]:
 
     IoU and Dice come from the confusion matrix of the whole split (not averaged over pictures); a class that occurs
     neither in the truth nor in the predictions has None and is left out of mean_iou. test_log_dice takes the split as
-    one batch. binary_iou, where a class is called background, is that of everything else against it.
+    one batch. binary_iou, where a class is called background, is that of everything else against it. All are None where
+    no pixel counts.
     """
     confusion = np.asarray(sums.confusion, np.int64).sum(0)
-    pixels = max(int(confusion.sum()), 1)
+    pixels = int(confusion.sum()) or math.nan
     likelihood = float(np.asarray(sums.likelihood, float).sum()) / pixels
     iou, dice = class_scores(confusion)
     result: dict[str, Any] = {
-        "test_cross_entropy": -float(np.asarray(sums.log_likelihood, float).sum()) / pixels,
-        "test_log_dice": -float(np.log(2 * likelihood / (likelihood + 1 + 1e-6 / pixels))) if likelihood else None,
-        "pixel_accuracy": float(np.trace(confusion)) / pixels,
-        "mean_iou": float(mean_iou(confusion)),
+        "test_cross_entropy": _or_none(-float(np.asarray(sums.log_likelihood, float).sum()) / pixels),
+        "test_log_dice": _or_none(-np.log(2 * likelihood / (likelihood + 1 + 1e-6 / pixels))) if likelihood else None,
+        "pixel_accuracy": _or_none(np.trace(confusion) / pixels),
+        "mean_iou": _or_none(mean_iou(confusion)),
         "iou": _by_name(class_names, iou),
         "dice": _by_name(class_names, dice),
     }
@@ -70,9 +81,35 @@ def scores(sums: PictureSums, class_names: Sequence[str]) -> dict[str, Any]:
         ground = class_names.index("background")
         is_object = np.arange(len(class_names)) != ground
         overlap = confusion[np.ix_(is_object, is_object)].sum()
-        result["binary_iou"] = float(overlap / max(confusion.sum() - confusion[ground, ground], 1))
+        others = int(confusion.sum() - confusion[ground, ground])
+        result["binary_iou"] = float(overlap / others) if others else None
     return result
 
 
+def scores_csv(names: Sequence[str], confusion: np.ndarray, class_names: Sequence[str]) -> str:
+    """A table of CSV with a line for each of N pictures, from their confusion matrices [N, C, C].
+
+    Empty cells: a class neither true nor predicted there, or a picture without a pixel that counts.
+    """
+    file = io.StringIO()
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(["picture", "mean_iou", "pixel_accuracy", *(f"iou_{name}" for name in class_names)])
+    iou, _ = class_scores(confusion)
+    for name, matrix, by_class in zip(names, confusion, iou, strict=True):
+        pixels = int(matrix.sum())
+        overall = mean_iou(matrix), np.trace(matrix) / (pixels or math.nan)
+        table.writerow([name, *("" if np.isnan(v) else f"{v:.6f}" for v in (*overall, *by_class))])
+    return file.getvalue()
+
+
 def _by_name(class_names: Sequence[str], values: np.ndarray) -> dict[str, float | None]:
-    return {n: None if np.isnan(v) else float(v) for n, v in zip(class_names, values, strict=True)}
+    return {n: _or_none(v) for n, v in zip(class_names, values, strict=True)}
+
+
+def _or_none(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def shown(value: float | None) -> str:
+    """A score to four places, or "-" where there is none."""
+    return "-" if value is None else f"{value:.4f}"

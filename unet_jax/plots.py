@@ -1,10 +1,11 @@
 """Arrays and records to matplotlib Figures; the caller saves them."""
 
-import colorsys
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 if TYPE_CHECKING:  # matplotlib takes a second to import: only who draws waits for it
     from matplotlib.figure import Figure
@@ -14,26 +15,82 @@ COLOURS = ("#e69f00", "#24476b", "#f5f5f0", "#009e73", "#cc79a7", "#56b4e9", "#d
 
 
 def held_out(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """("test" or "validation", that part's metrics by name: loss, mean_iou, iou, ...) of a line of metrics.jsonl."""
+    """("test" or "validation", that part's metrics by name: loss, mean_iou, iou, ...) of a line of metrics.jsonl.
+
+    Without either part the metrics have no loss, mean_iou and iou.
+    """
     part = "validation" if "validation_loss" in record else "test"
     prefix = "validation_" if part == "validation" else ""
     metrics = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
-    return part, metrics | {"loss": record[f"{part}_loss"]}
+    return part, metrics | ({"loss": record[f"{part}_loss"]} if f"{part}_loss" in record else {})
 
 
-def palette(classes: int) -> np.ndarray:
-    """uint8 [classes, 3]: a colour for each class."""
-    named = [tuple(bytes.fromhex(c[1:])) for c in COLOURS[:classes]]
-    # Golden-angle hues beyond the named ones: neighbours stay apart however many there are.
-    beyond = range(len(named), classes)
-    more = [colorsys.hsv_to_rgb((0.55 + 0.618 * i) % 1, 0.75, 0.55 + 0.35 * (i % 2)) for i in beyond]
-    return np.array([*named, *[tuple(round(255 * v) for v in rgb) for rgb in more]], np.uint8).reshape(-1, 3)
+def palette(classes: int, colours: Sequence[str] = ()) -> np.ndarray:
+    """uint8 [classes, 3]: a colour for each class, those given (#rrggbb) or else our own."""
+    named = [tuple(bytes.fromhex(colour[1:])) for colour in (colours or COLOURS)[:classes]]
+    return np.array(_distinct(tuple(named), classes), np.uint8).reshape(-1, 3)
 
 
-def colour_labels(labels: np.ndarray, classes: int) -> np.ndarray:
+@functools.cache
+def _distinct(colours: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
+    # Each further colour is, of a grid of them, the farthest from all before and from the black of ignored pixels.
+    grid = np.stack(np.meshgrid(*[np.linspace(0, 255, 9).round()] * 3), -1).reshape(-1, 3)
+    grid = grid[grid.max(1) >= 96]  # darker ones all look alike
+    places, found = _oklab(grid), list(colours)
+    before = _oklab(np.array([(0, 0, 0), *found], float))
+    nearest = np.linalg.norm(places[:, None] - before, axis=-1).min(1)
+    while len(found) < count:
+        i = int(nearest.argmax())
+        found.append(tuple(map(int, grid[i])))
+        nearest = np.minimum(nearest, np.linalg.norm(places - places[i], axis=-1))
+    return tuple(found)
+
+
+def _oklab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB [..., 3] from 0 to 255 where distances are those that the eye sees (Ottosson 2020, Oklab)."""
+    x = rgb / 255
+    linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    lms = linear @ np.array([[0.4122, 0.2119, 0.0883], [0.5363, 0.6807, 0.2817], [0.0514, 0.1074, 0.6300]])
+    return np.cbrt(lms) @ np.array([[0.2105, 1.9780, 0.0259], [0.7936, -2.4286, 0.7828], [-0.0041, 0.4506, -0.8087]])
+
+
+def colour_labels(labels: np.ndarray, classes: int, colours: Sequence[str] = ()) -> np.ndarray:
     """uint8 [..., 3] colours of labels [...]; labels that are no class (ignored ones) are black."""
-    colours = np.concatenate([palette(classes), np.zeros((1, 3), np.uint8)])
-    return colours[np.minimum(labels, classes)]
+    table = np.concatenate([palette(classes, colours), np.zeros((1, 3), np.uint8)])
+    return table[np.minimum(labels, classes)]
+
+
+def overlay(
+    image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], colours: Sequence[str] = ()
+) -> np.ndarray:
+    """The picture uint8 [H, W, 3] tinted in the classes' colours but for the background, with lines between them."""
+    tints = Image.fromarray(colour_labels(labels, len(class_names), colours))
+    tinted = np.array(Image.blend(Image.fromarray(image), tints, 0.45))
+    ground = [i for i, name in enumerate(class_names) if name.lower() == "background"]
+    clear = np.isin(labels, ground)
+    tinted[clear] = image[clear]
+    width = max(1, round(max(labels.shape) / 400))
+    edges = np.zeros(labels.shape, bool)
+    edges[width:] |= labels[width:] != labels[:-width]
+    edges[:, width:] |= labels[:, width:] != labels[:, :-width]
+    tinted[edges] = 255
+    return tinted
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """At most that many of `count` places, evenly from the first to the last: neighbours are often alike."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+def _plain(text: str) -> str:
+    """A text for matplotlib, whatever names it has: no mathematics between dollars, and no bytes that are not UTF-8."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def _name(text: str) -> str:
+    """The name of a class as a legend has room for it; matplotlib leaves names out that begin with an underscore."""
+    short = text if len(text) <= 40 else f"{text[:39]}…"
+    return _plain(f"\u200b{short}" if short.startswith("_") else short)
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -42,25 +99,36 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
-def metrics_figure(records: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+def metrics_figure(records: Sequence[Mapping[str, Any]], title: str, colours: Sequence[str] = ()) -> "Figure":
     """Losses, and IoU by class, over the epochs of metrics.jsonl's records: of test, or of the validation part."""
+    from matplotlib.patheffects import withStroke
+
     figure = _figure(10, 4)
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     losses, iou = figure.subplots(1, 2)
     epochs = [r["epoch"] for r in records]
     losses.plot(epochs, [r["train_loss"] for r in records], "o-", ms=3, label="train (mean of the epoch)")
-    part, _ = held_out(records[-1])
-    scores = [metrics for _, metrics in map(held_out, records)]
+    part, last = held_out(records[-1])
+    scores = [metrics for _, metrics in map(held_out, records)] if "loss" in last else []
+    epochs = epochs[: len(scores)]
     losses.plot(epochs, [s["loss"] for s in scores], "o-", ms=3, label=part)
     losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    losses.legend(frameon=False)
     iou.plot(epochs, [s["mean_iou"] for s in scores], "k-o", ms=3, lw=2, label="mean")
-    for name in scores[-1]["iou"]:
-        iou.plot(epochs, [s["iou"][name] for s in scores], "o-", ms=2, lw=1, label=name)
+    names = list(scores[-1]["iou"]) if scores else []
+    for name, colour in zip(names, palette(len(names), colours) / 255, strict=True):
+        values = [s["iou"][name] for s in scores]
+        (line,) = iou.plot(epochs, values, "o-", ms=3, lw=1.2, color=colour, label=_name(name))
+        line.set_path_effects([withStroke(linewidth=2.4, foreground="0.35")])  # light colours show on white, too
     iou.set(xlabel="epoch", ylabel=f"{part} IoU", ylim=(0, 1))
     for axes in (losses, iou):
-        axes.legend(frameon=False)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    legend = figure.legend(
+        handles=iou.lines, loc="outside right upper", ncols=-(-len(iou.lines) // 16), frameon=False, fontsize=8
+    )
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + legend.get_window_extent().width / figure.dpi, height)
     return figure
 
 
@@ -71,29 +139,44 @@ def results_figure(
     class_names: Sequence[str],
     title: str,
     row_titles: Sequence[str] = (),
+    colours: Sequence[str] = (),
 ) -> "Figure":
     """A row for each of N pictures: image uint8 [N, H, W, 3], true and predicted labels [N, H, W] in colours."""
     from matplotlib.patches import Patch
 
-    count = len(images)
+    count, classes = len(images), len(class_names)
     figure = _figure(6.2, 2.05 * count + 0.9)
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     grid = figure.subplots(count, 3, squeeze=False)
     for i, row in enumerate(grid):
-        columns = (images[i], *(colour_labels(array[i], len(class_names)) for array in (labels, predictions)))
+        columns = (images[i], *(colour_labels(array[i], classes, colours) for array in (labels, predictions)))
         for axes, picture in zip(row, columns, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
         if row_titles:
-            row[0].set_ylabel(row_titles[i], fontsize=8)
+            row[0].set_ylabel(_plain(row_titles[i]), fontsize=8)
     for axes, name in zip(grid[0], ("image", "true mask", "predicted mask"), strict=True):
         axes.set_title(name)
     patches = [
-        Patch(facecolor=colour / 255, edgecolor="grey", label=name)
-        for colour, name in zip(palette(len(class_names)), class_names, strict=True)
+        Patch(facecolor=colour / 255, edgecolor="grey", label=_name(name))
+        for colour, name in zip(palette(classes, colours), class_names, strict=True)
     ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6), frameon=False)
+    _legend_below(figure, patches)
     return figure
+
+
+def _legend_below(figure: "Figure", handles: Sequence[Any]) -> None:
+    """A legend in as many columns as there is width for; the figure grows by its further rows."""
+    width, height = figure.get_size_inches()
+    for columns in range(min(len(handles), 6), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+        box = legend.get_window_extent()
+        if box.width <= width * figure.dpi:
+            break
+        if columns > 1:
+            legend.remove()
+    rows = -(-len(handles) // columns)
+    figure.set_size_inches(width, height + box.height / figure.dpi * (1 - 1 / rows))
 
 
 def comparison_figure(
@@ -118,9 +201,9 @@ def comparison_figure(
             part, _ = held_out(records[-1])
             epochs = [r["epoch"] for r in records]
             losses, others = [r["train_loss"] for r in records], [r[f"{part}_loss"] for r in records]
-            axes.plot(epochs, losses, "--", color=f"C{i}", lw=1, label=f"train{of}")
-            axes.plot(epochs, others, "o-", color=f"C{i}", ms=3, label=f"{part}{of}")
-        axes.set(title=name, xlabel="epoch", ylim=(0, None))
+            axes.plot(epochs, losses, "--", color=f"C{i}", lw=1, label=_plain(f"train{of}"))
+            axes.plot(epochs, others, "o-", color=f"C{i}", ms=3, label=_plain(f"{part}{of}"))
+        axes.set(title=_plain(name), xlabel="epoch", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, fontsize=8 if len(curves) == 1 else 5)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from unet_jax import device, runs
 from unet_jax.checkpoint import Restored
@@ -19,17 +19,17 @@ from unet_jax.data.cache import resize
 from unet_jax.data.source import Example
 from unet_jax.errors import InputError
 from unet_jax.model import UNet
-from unet_jax.plots import colour_labels
 from unet_jax.train import TrainState, infer, inference_state, make_model
 
-Mode = Literal["resize", "tile"]
+Mode = Literal["resize", "tile", "native"]
+Tta = Literal["none", "horizontal", "all"]
+# The axes of pictures [N, H, W, C] that each view flips. Upside down most networks have seen nothing.
+FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "none": ((),),
+    "horizontal": ((), (2,)),
+    "all": ((), (1,), (2,), (1, 2)),
+}
 Images = np.ndarray | Sequence[np.ndarray]
-Image.init()
-# The common formats, and none whose reader starts other programs.
-FORMATS: list[str] = [
-    name for name in ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM") if name in Image.OPEN
-]
-MAX_PIXELS = 89_478_485  # of a picture; Pillow's own limit for what may be a decompression bomb
 UNIT = 128  # tile mode pads sides to multiples of it: pictures of many sizes make few shapes to compile
 
 
@@ -42,8 +42,9 @@ def probabilities_step(state: TrainState, images: Array, *, model: UNet) -> Arra
 class Predictor:
     """A trained network; call it with one picture uint8 [H, W, 3], or with a list of pictures of any sizes.
 
-    mode "resize" takes pictures to the training size and probabilities back, "tile" works at their own resolution in
-    overlapping windows of `tile_size`; `tta` averages the probabilities over the four flips.
+    mode "resize" takes pictures to the training size and probabilities back; "tile" shows them in overlapping windows
+    of `tile_size` at the scale of training (config.data.scale), "native" at their own resolution. `tta` averages the
+    probabilities over the picture and its mirror image, or over all four flips.
     """
 
     config: RunConfig
@@ -52,27 +53,30 @@ class Predictor:
     tile_size: int
     forward: Callable[[TrainState, Any], Array]
 
-    def __call__(self, images: Images, mode: Mode = "resize", tta: bool = False, probabilities: bool = False) -> Any:
+    def __call__(self, images: Images, mode: Mode = "resize", tta: Tta = "none", probabilities: bool = False) -> Any:
         """Labels uint8 [H, W], or with `probabilities` float32 [H, W, num_classes], of a picture; a list of a list.
 
         Raises:
-          InputError: another mode, or something that is no picture.
+          InputError: another mode or tta, or something that is no picture.
         """
+        if not isinstance(images, (np.ndarray, Sequence)):
+            raise InputError(f"{type(images).__name__} is no picture: pictures are uint8 arrays [H, W, 3]")
         single = isinstance(images, np.ndarray) and images.ndim == 3
         pictures: list[Any] = [images] if single else list(images)
         for i, picture in enumerate(pictures):
             shape, dtype = np.shape(picture), getattr(picture, "dtype", type(picture).__name__)
             if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
                 raise InputError(f"picture {i} is {dtype} of shape {shape}: pictures are uint8 arrays [H, W, 3]")
-        if mode not in get_args(Mode):
-            raise InputError(f"unknown mode {mode!r}: choose from {', '.join(get_args(Mode))}")
+        for what, value, choices in (("mode", mode, get_args(Mode)), ("tta", tta, get_args(Tta))):
+            if value not in choices:
+                raise InputError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
         answers = []
         side = self.config.data.image_size
         count = self.batch_size(side, side)
         for start in range(0, len(pictures), count):
             some = pictures[start : start + count]
-            if mode == "tile":
-                bands = [self.tiled(picture, tta) for picture in some]
+            if mode != "resize":
+                bands = [self.windowed(picture, mode, tta) for picture in some]
             else:
                 small = self.network(np.stack([self.shrink(picture) for picture in some]), tta)
                 bands = [grow(answer, *picture.shape[:2]) for answer, picture in zip(small, some, strict=True)]
@@ -88,20 +92,29 @@ class Predictor:
         """The picture at the training size, resized as for training."""
         return resize(Example("", image, image[:, :, 0]), self.config.data.image_size).image
 
-    def network(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
+    def windowed(self, image: np.ndarray, mode: Mode, tta: Tta = "none") -> Iterator[np.ndarray]:
+        """Probabilities at the picture's own size by tiles, in bands: mode "tile" or "native".
+
+        At another scale than its own, memory goes with the scaled picture; a run of an older version knows none.
+        """
+        height, width = image.shape[:2]
+        down, across = (mode == "tile" and self.config.data.scale) or (1, 1)
+        size = max(1, round(width * across)), max(1, round(height * down))
+        if size == (width, height):
+            return self.tiled(image, tta)
+        scaled = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+        return grow(np.concatenate(list(self.tiled(scaled, tta))), height, width)
+
+    def network(self, images: np.ndarray, tta: Tta = "none") -> np.ndarray:
         """Class probabilities float32 [N, H, W, num_classes] of uint8 [N, H, W, 3], of a size that fits the levels."""
         filled = self.placement.devices
         while filled < len(images):  # to a power of two for each device: few shapes to compile
             filled *= 2
         count, images = len(images), np.pad(images, ((0, filled - len(images)), (0, 0), (0, 0), (0, 0)))
-        total = self.forward(self.restored.state, images)
-        if tta:
-            for axes in ((1,), (2,), (1, 2)):
-                total = total + jnp.flip(self.forward(self.restored.state, np.flip(images, axes)), axes)
-            total = total / 4
-        return np.asarray(total)[:count]
+        views = (jnp.flip(self.forward(self.restored.state, np.flip(images, axes)), axes) for axes in FLIPS[tta])
+        return np.asarray(sum(views) / len(FLIPS[tta]))[:count]
 
-    def tiled(self, image: np.ndarray, tta: bool = False) -> Iterator[np.ndarray]:
+    def tiled(self, image: np.ndarray, tta: Tta = "none") -> Iterator[np.ndarray]:
         """Probabilities at the picture's own resolution, in bands [h, W, num_classes] from the top.
 
         They are those of the whole picture (filled up to multiples of UNIT by reflection) in one pass, where that is
@@ -156,12 +169,12 @@ def assemble(bands: Iterator[np.ndarray], probabilities: bool = False) -> np.nda
 
 
 def grow(probabilities: np.ndarray, height: int, width: int) -> Iterator[np.ndarray]:
-    """Probabilities [S, S, C] resized bilinearly to height x width, in bands [h, width, C] from the top."""
-    size, rows = len(probabilities), max(1, 2**21 // width)
+    """Probabilities [H, W, C] resized bilinearly to height x width, in bands [h, width, C] from the top."""
+    (h, w), rows = probabilities.shape[:2], max(1, 2**21 // width)
     channels = [Image.fromarray(np.ascontiguousarray(p)) for p in np.moveaxis(probabilities, -1, 0)]
     for y in range(0, height, rows):
         end = min(y + rows, height)
-        box = (0, y * size / height, size, end * size / height)
+        box = (0, y * h / height, w, end * h / height)
         bands = [c.resize((width, end - y), Image.Resampling.BILINEAR, box) for c in channels]
         yield np.stack([np.asarray(band) for band in bands], axis=-1)
 
@@ -192,49 +205,3 @@ def windows(size: int, tile: int, margin: int) -> list[tuple[int, np.ndarray]]:
         row[origin : origin + tile] = t * t * (3 - 2 * t)
     weights /= weights.sum(0)
     return [(origin, row[origin : origin + tile]) for row, origin in zip(weights, origins, strict=True)]
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """The picture in a file as uint8 [H, W, 3]: upright, transparent parts on white, 16 bits scaled to 8.
-
-    Raises:
-      InputError: it cannot be read whole, or is larger than MAX_PIXELS.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"has {image.width}x{image.height} pixels, the limit is {MAX_PIXELS / 1e6:.0f} million"
-                )
-            image.load()
-            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
-    except UnidentifiedImageError:
-        reason = "is no picture of a known format" if path.stat().st_size else "is empty"
-    except Exception as error:  # damaged files fail in as many ways as there are formats
-        reason = f"{error}".split("\n")[0].replace(str(path), "it")[:150] or type(error).__name__
-    raise InputError(f"{path}: {reason}")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise InputError("has floating-point values: save it with 8 or 16 bits")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image.getchannel("A"))
-    return white
-
-
-def overlay(image: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """The picture uint8 [H, W, 3] tinted in the classes' colours, with lines between them."""
-    tints = Image.fromarray(colour_labels(labels, classes))
-    tinted = np.array(Image.blend(Image.fromarray(image), tints, 0.45))
-    width = max(1, round(max(labels.shape) / 400))
-    edges = np.zeros(labels.shape, bool)
-    edges[width:] |= labels[width:] != labels[:-width]
-    edges[:, width:] |= labels[:, width:] != labels[:, :-width]
-    tinted[edges] = 255
-    return tinted

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 import zlib
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from unet_jax import signals
 from unet_jax.errors import InputError
 
 SIGTERM_STATUS = 128 + signal.SIGTERM
@@ -57,17 +57,13 @@ def check_agreement(what: object) -> None:
 
 
 @contextlib.contextmanager
-def noticing_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets instead of killing; of many processes, JAX has a handler of its own."""
-    noticed = threading.Event()
+def noticing_signals() -> Iterator[list[int]]:
+    """`signals.noticing`; of many processes nothing is noticed: JAX has a handler of its own, Ctrl-C ends at once."""
     if jax.process_count() > 1:
-        yield noticed
+        yield []
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
-    try:
+    with signals.noticing() as noticed:
         yield noticed
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +24,10 @@ from unet_jax.device import Placement, describe, fast_layers, placement
 from unet_jax.errors import InputError
 from unet_jax.train import TrainState, init_state, make_model, make_optimizer
 
-FILES = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "metrics.png", "results.png")
+FILES = (
+    *("config.json", "environment.json", "split.json", "metrics.jsonl", "summary.json", "scores.csv"),
+    *("metrics.png", "results.png"),
+)
 PACKAGES = ("unet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "pillow")
 
 
@@ -43,11 +46,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file by `replacing`, in UTF-8. Of many processes, the first does."""
+    """Writes a file by `replacing`, in UTF-8 but for names whose bytes are not. Of many processes, the first does."""
     if jax.process_index() > 0:
         return
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,6 +85,58 @@ def environment() -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": commit,
     }
+
+
+def write_split(folder: Path, split: Mapping[str, Sequence[str]], goes_on: bool) -> None:
+    """Makes split.json hold the names of the pictures in each split.
+
+    Raises:
+      InputError: the run goes on, and has others there; one of an older version has none.
+    """
+    before = read_split(folder) if goes_on else {}
+    changed = [part for part in before if before[part] != list(split[part])]
+    if changed:
+        others = sorted(set(before[changed[0]]) ^ set(split[changed[0]])) or ["in another order"]
+        raise InputError(
+            f"{folder} has other pictures in its {' and '.join(changed)} split, by the names in its split.json"
+            f" ({', '.join(others[:3])}{', ...' * (len(others) > 3)}): choose another --workdir, or --overwrite"
+        )
+    write_json(folder / "split.json", split)
+
+
+def read_split(folder: Path) -> dict[str, list[str]]:
+    """The names of the pictures in each split of the run in `folder`; {} of a run that an older version made."""
+    try:
+        return dict(json.loads((folder / "split.json").read_text()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}/split.json cannot be read ({error})") from None
+
+
+def way_to_data(folder: Path, config: RunConfig) -> dict[str, str]:
+    """For environment.json: how a data_dir that is relative is found from the run's folder, wherever both are."""
+    data_dir = config.data.data_dir
+    if not data_dir or os.path.isabs(data_dir):
+        return {}
+    return {"data_dir": os.path.relpath(os.path.realpath(data_dir), folder.resolve())}
+
+
+def data_dir(folder: Path, config: RunConfig) -> str | None:
+    """The data_dir of the run in `folder` as seen from here; None where the run had none.
+
+    Raises:
+      InputError: there is no such folder.
+    """
+    name = config.data.data_dir
+    if not name:
+        return None
+    if not os.path.isabs(name):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a run of an older version: as it is
+            name = os.path.relpath(folder.resolve() / json.loads((folder / "environment.json").read_text())["data_dir"])
+    if not os.path.isdir(name):
+        raise InputError(f"{folder} was trained on the pictures in {name}, which is no folder here: give a --data-dir")
+    return name
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -122,12 +177,12 @@ def fresh_state(config: RunConfig, placement: Placement) -> TrainState:
     return init_state(model, optimizer, train.seed, ema=train.ema)
 
 
-def is_finished(folder: Path, epochs: int) -> bool:
-    """Whether the run in `folder` has had that many epochs and its summary been written."""
+def epochs_finished(folder: Path) -> int:
+    """How many epochs the run in `folder` had when its summary was written; 0 if it has none."""
     try:
-        return json.loads((folder / "summary.json").read_text())["epochs"] >= epochs
+        return int(json.loads((folder / "summary.json").read_text())["epochs"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return 0
 
 
 def clear(folder: Path) -> None:

@@ -77,11 +77,12 @@ def init_state(
 ) -> TrainState:
     """A fresh state; its parameters depend on the seed and the network alone, not on the size of pictures.
 
-    The average of an `ema` starts at 0: the first step replaces it.
+    They are float32, whatever JAX's default is. The average of an `ema` starts at 0: the first step replaces it.
     """
     side = 2 ** (len(model.widths) - 1)
-    # Under jit, which drops the forward pass: run eagerly, each of its operations would be compiled by itself.
-    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, channels), jnp.float32))
+    with jax.enable_x64(False):  # else initial values would be other ones, in float64
+        # Under jit, which drops the forward pass: run eagerly, each of its operations would be compiled by itself.
+        variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, channels), jnp.float32))
     params = variables["params"]
     averaged = jax.tree.map(jnp.zeros_like, dict(variables)) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), averaged)
@@ -271,15 +272,15 @@ def fit(
     steps: Steps,
     state: TrainState,
     train: Loader,
-    held_out: Loader,
+    held_out: Loader | None,
     losses: Sequence[float] = (),
 ) -> Iterator[StepResult | EpochResult]:
     """Trains from `state` to the config's last epoch; a state in the middle of an epoch goes on from there.
 
     `held_out` is what each epoch evaluates: the test split, or where there is a validation fraction that part, whose
-    metrics are recorded as validation_loss, validation_mean_iou and so on. Yields a StepResult after each step and an
-    EpochResult after each epoch. `losses` are those of the steps that the state has behind it in its epoch. A yielded
-    state is good until the next step takes its memory.
+    metrics are recorded as validation_loss, validation_mean_iou and so on; or None, nothing. Yields a StepResult after
+    each step and an EpochResult after each epoch. `losses` are those of the steps that the state has behind it in its
+    epoch. A yielded state is good until the next step takes its memory.
 
     Raises:
       NonFiniteLossError: noticed at the latest when the epoch ends, before its EpochResult.
@@ -302,7 +303,9 @@ def fit(
             for i, batch in enumerate(islice(train.train(config.train.seed, 0), min(whole, STATISTICS_BATCHES))):
                 state = steps.statistics(state, batch, i)
         seconds = time.perf_counter() - start
-        scores_, _ = evaluate(steps.evaluate, state, held_out, config.data.class_names)
+        scores_: dict[str, Any] = {}
+        if held_out is not None:
+            scores_, _ = evaluate(steps.evaluate, state, held_out, config.data.class_names)
         if config.data.validation_fraction:
             scores_ = {f"validation_{name.removeprefix('test_')}": value for name, value in scores_.items()}
         counts = np.full(len(known), train.batch_size)

@@ -1,6 +1,6 @@
 """Batches on the device, in an order that depends on (seed, epoch) alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,15 +26,25 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def validation_rows(names: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def validation_rows(
+    names: Sequence[str], fraction: float, seed: int, listed: Collection[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """The pictures to train on and those kept for validation: two sorted arrays of indices, the same on every machine.
 
     Of each group of names that are alike before the last underscore (the breeds of the pets), as near to `fraction` as
-    whole pictures allow: every 1/fraction-th of all, with the groups in a row.
+    whole pictures allow: every 1/fraction-th of all, with the groups in a row. Where the dataset has `listed` some for
+    validation, they are kept and no others.
 
     Raises:
-      InputError: the fraction comes to no picture.
+      InputError: the fraction comes to no picture, or one of the parts has none.
     """
+    if listed:
+        named = np.array([name in listed for name in names])
+        if named.all() or not named.any():
+            raise InputError(
+                f"of {len(names)} pictures {named.sum()} are listed for validation: give more --train-examples"
+            )
+        return np.flatnonzero(~named), np.flatnonzero(named)
     rng = np.random.default_rng(seed)
     groups = np.array([name.rpartition("_")[0] for name in names])
     order = np.lexsort((rng.random(len(names)), groups))
@@ -73,6 +83,11 @@ class Loader:
         if placement.fits(split.images.nbytes + split.labels.nbytes):
             self._resident = tuple(_place(a, self.rows, placement.replicated) for a in (split.images, split.labels))
             self._take = jax.jit(_take, out_shardings=placement.batch)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the pictures, in order."""
+        return [self.split.names[row] for row in self.rows]
 
     def __len__(self) -> int:
         """Batches in an epoch, a short last one included."""

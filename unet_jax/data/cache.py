@@ -1,10 +1,13 @@
 """A split decoded once into uint8 arrays on disk, memory-mapped from then on."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +26,17 @@ ARRAYS = ("images", "labels")
 
 
 class Split(NamedTuple):
-    """images uint8 [N, S, S, 3], labels uint8 [N, S, S] (both may be memory-mapped), names of the N pictures."""
+    """images uint8 [N, S, S, 3], labels uint8 [N, S, S] (both may be memory-mapped), names of the N pictures.
+
+    scale is S over the pictures' own heights and widths: the median of each. validation has the names of those that the
+    dataset itself keeps for validation.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     names: list[str]
+    scale: tuple[float, float] | None = None
+    validation: frozenset[str] = frozenset()
 
 
 def resize(example: Example, size: int) -> Example:
@@ -54,11 +63,16 @@ def load_split(source: Source, size: int, examples: int | None, cache_dir: Path)
     folder = cache_dir / f"{source.dataset}-{source.split}-{size}-{digest}"
     split = _open(folder)
     if split is None:
-        _build(source, size, count, folder)
+        try:
+            _build(source, size, count, folder)
+        except OSError as error:
+            raise InputError(
+                f"the cache in {cache_dir} cannot be written ({error.strerror}): give another --cache-dir"
+            ) from None
         split = _open(folder)
         if split is None:
             raise InputError(f"the cache in {folder} cannot be read back: check the disk, or give another --cache-dir")
-    return split
+    return split._replace(validation=source.validation)
 
 
 def _open(folder: Path) -> Split | None:
@@ -70,7 +84,8 @@ def _open(folder: Path) -> Split | None:
             sums = dict(zip(ARRAYS, pool.map(_checksum, arrays.values()), strict=True))
         if sums != meta["checksums"] or len(meta["names"]) != len(arrays["images"]):
             return None
-        return Split(arrays["images"], arrays["labels"], meta["names"])
+        down, across = meta["scale"]  # caches of older versions lack it, and are made again
+        return Split(arrays["images"], arrays["labels"], meta["names"], (down, across))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -84,8 +99,11 @@ def _checksum(array: np.ndarray) -> int:
 
 def _build(source: Source, size: int, count: int, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    held = os.open(building, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)
         _decode(source, size, count, building)
         try:
             building.rename(folder)
@@ -95,6 +113,20 @@ def _build(source: Source, size: int, count: int, folder: Path) -> None:
                 building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        os.close(held)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what processes that were killed have left of this cache: nobody holds it any more."""
+    for building in folder.parent.glob(f".{folder.name}-*"):
+        with contextlib.suppress(OSError):
+            held = os.open(building, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - building.stat().st_mtime > 60:  # else it may be about to be held
+                    shutil.rmtree(building, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 def _decode(source: Source, size: int, count: int, building: Path) -> None:
@@ -103,8 +135,12 @@ def _decode(source: Source, size: int, count: int, building: Path) -> None:
     create: Callable[..., Any] = np.lib.format.open_memmap
     arrays = {name: create(building / f"{name}.npy", "w+", np.uint8, shape) for name, shape in shapes.items()}
 
+    scales = np.zeros((count, 2))
+
     def decode(i: int) -> str:
-        example = resize(source.read(i), size)
+        example = source.read(i)
+        scales[i] = np.divide(size, example.labels.shape)
+        example = resize(example, size)
         arrays["images"][i], arrays["labels"][i] = example.image, example.labels
         return example.name
 
@@ -120,7 +156,8 @@ def _decode(source: Source, size: int, count: int, building: Path) -> None:
         array.flush()
     checksums = {name: _checksum(array) for name, array in arrays.items()}
     # Last: a folder without it is no cache.
-    (building / "meta.json").write_text(json.dumps({"checksums": checksums, "names": names}))
+    meta = {"checksums": checksums, "names": names, "scale": np.median(scales, axis=0).tolist()}
+    (building / "meta.json").write_text(json.dumps(meta))
 
 
 def _check_room(folder: Path, needed: int) -> None:

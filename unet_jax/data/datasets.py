@@ -1,10 +1,11 @@
 """From a config's dataset to its sources: which dataset it is to be, and where it comes from."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from unet_jax.config import FOLDER_BATCH_SIZE, SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig
-from unet_jax.data import oxford_iiit_pet, synthetic
+from unet_jax.data import folder, oxford_iiit_pet, synthetic
 from unet_jax.data.source import Source
 from unet_jax.errors import InputError
 
@@ -38,20 +39,29 @@ def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """A resolved config with what it leaves to a folder: the class names, and a default batch that is not too large.
+    """A resolved config with what it leaves to a folder: the class names.
 
     Raises:
       InputError: the folder cannot be used.
     """
-    data, train = config.data, config.train
-    if data.dataset != "folder":
+    if config.data.dataset != "folder":
         return config
-    source = sources(data, train.seed)["train"]
-    if train.batch_size == FOLDER_BATCH_SIZE:
-        train = dataclasses.replace(
-            train, batch_size=min(FOLDER_BATCH_SIZE, source.size, data.train_examples or source.size)
-        )
-    return dataclasses.replace(config, data=dataclasses.replace(data, class_names=source.class_names), train=train)
+    return dataclasses.replace(config, data=folder.complete(config.data, config.train.seed))
+
+
+def choose_batch_size(config: RunConfig) -> RunConfig:
+    """A complete config with the default batch, which of a folder is never larger than what there is to train on."""
+    if config.data.dataset != "folder":
+        return config
+    available = training_pictures(config.data, sources(config.data, config.train.seed)["train"].size)
+    train = dataclasses.replace(config.train, batch_size=min(FOLDER_BATCH_SIZE, max(available, 1)))
+    return dataclasses.replace(config, train=train)
+
+
+def training_pictures(config: DataConfig, size: int) -> int:
+    """How many pictures of a train split of that size are trained on, but for rounding."""
+    taken = min(size, config.train_examples or size)
+    return taken - round(taken * config.validation_fraction)
 
 
 def sources(config: DataConfig, seed: int) -> dict[str, Source]:
@@ -65,10 +75,24 @@ def sources(config: DataConfig, seed: int) -> dict[str, Source]:
         counts = {split: asked[split] or default for split, default in SYNTHETIC_EXAMPLES.items()}
         return {split: synthetic.source(split, n, config.image_size, seed) for split, n in counts.items()}
     if config.dataset == "folder":
-        from unet_jax.data import folder  # with JAX, for which other datasets' checks of flags are not to wait
-
-        return folder.sources(Path(config.data_dir or "."), config.class_names, config.test_fraction, seed)
+        return folder.sources(config, seed)
     data_dir = Path(config.data_dir) if config.data_dir else oxford_iiit_pet.default_data_dir()
     if not oxford_iiit_pet.is_prepared(data_dir):
         oxford_iiit_pet.prepare(data_dir)
     return {split: oxford_iiit_pet.source(data_dir, split) for split in ("train", "test")}
+
+
+def whole(parts: Mapping[str, Source]) -> Source:
+    """All pictures of all splits as one split, "all"."""
+    where = [(part, i) for part in parts.values() for i in range(part.size)]
+    first = next(iter(parts.values()))
+    identity = {"parts": [dict(part.identity) for part in parts.values()]}
+    return Source(
+        first.dataset,
+        "all",
+        first.class_names,
+        identity,
+        len(where),
+        lambda i: where[i][0].read(where[i][1]),
+        [name for part in parts.values() for name in part.names],
+    )

@@ -24,6 +24,7 @@ from PIL import Image
 
 from unet_jax.data.source import Example, Source
 from unet_jax.errors import InputError
+from unet_jax.folders import home
 
 NAME = "oxford_iiit_pet"
 VERSION = "4.0.0"
@@ -45,7 +46,8 @@ OFFICIAL = Archives(f"{_SITE}/images.tar.gz", f"{_SITE}/annotations.tar.gz")
 
 def default_data_dir() -> Path:
     """Where TFDS itself keeps its datasets."""
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    given = os.environ.get("TFDS_DATA_DIR")
+    return Path(given).expanduser() if given else home() / "tensorflow_datasets"
 
 
 def is_prepared(data_dir: Path) -> bool:

@@ -1,6 +1,6 @@
 """What every dataset looks like to the rest: a numbered list of pictures with their labels, not yet read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ class Source(NamedTuple):
     """One split of a dataset. Nothing is opened before the first `read`.
 
     `identity` is what the pictures depend on, in JSON's types: the cache is keyed by it. `read(i)`, for 0 <= i < size,
-    may be called from many threads and raises InputError, naming the picture, for one that cannot be read.
+    may be called from many threads and raises InputError, naming the picture, for one that cannot be read. `names`
+    are the pictures', where they are known before; `validation` those of them that the dataset itself keeps for that.
     """
 
     dataset: str
@@ -27,3 +28,5 @@ class Source(NamedTuple):
     identity: Mapping[str, object]
     size: int
     read: Callable[[int], Example]
+    names: Sequence[str] = ()
+    validation: frozenset[str] = frozenset()

@@ -1,0 +1,230 @@
+"""Which pictures a run is trained and tested on: lists, names, folders, and runs that go on or are evaluated."""
+
+import csv
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_folder import config, labels, load, save
+from test_run import ROOT, records
+
+from unet_jax import device, runs
+from unet_jax.data.batches import validation_rows
+from unet_jax.data.folder import complete, sources
+from unet_jax.errors import InputError
+
+
+def fill(folder: Path, count: int = 8) -> Path:
+    for i in range(count):
+        save(folder, f"p{i}", np.roll(labels(2), i), np.full((20, 24, 3), 30 * i, np.uint8))
+    return folder
+
+
+def write_lists(folder: Path, **lists: str) -> None:
+    for name in ("train", "val", "test"):
+        (folder / f"{name}.txt").unlink(missing_ok=True)
+    for name, stems in lists.items():
+        (folder / f"{name}.txt").write_text("\n".join(stems.split()))
+
+
+def split_of(folder: Path, **fields) -> dict[str, list[str]]:
+    found = sources(complete(config(folder, **fields), 0), 0)
+    return {"train": list(found["train"].names), "test": list(found["test"].names), "val": [*found["train"].validation]}
+
+
+def refusal(folder: Path, **fields) -> str:
+    with pytest.raises(InputError) as error:
+        complete(config(folder, **fields), 0)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_val_txt_is_the_validation_part(tmp_path):
+    write_lists(fill(tmp_path), train="p0 p1 p2 p3", val="p4 p5", test="p6")
+    data = complete(config(tmp_path), 0)
+    assert data.validation_fraction == 2 / 6
+    train = sources(data, 0)["train"]
+    assert (train.names, train.validation) == (["p0", "p4", "p1", "p2", "p5", "p3"], {"p4", "p5"})
+    training, validation = validation_rows(train.names, data.validation_fraction, 0, train.validation)
+    assert [train.names[i] for i in validation] == ["p4", "p5"]
+    assert [train.names[i] for i in training] == ["p0", "p1", "p2", "p3"]
+    assert "leave --validation-fraction out" in refusal(tmp_path, validation_fraction=0.5)
+    write_lists(tmp_path, train="p0 p1 p2 p3", val="p4 p5 p6 p7")
+    assert split_of(tmp_path)["test"] == []
+    write_lists(tmp_path, val="p4 p5")
+    found = split_of(tmp_path)
+    assert sorted(found["train"] + found["test"]) == [f"p{i}" for i in range(8)]
+    assert (len(found["test"]), sorted(found["val"])) == (1, ["p4", "p5"])
+
+
+def test_folders_of_the_splits_are_the_splits(tmp_path):
+    for split in ("train", "val", "test"):
+        fill(tmp_path / "of" / split, 2)
+        for part in ("images", "masks"):
+            (tmp_path / part).mkdir(exist_ok=True)
+            (tmp_path / "of" / split / part).rename(tmp_path / part / split)
+    found = split_of(tmp_path)
+    assert found["train"] == ["train/p0", "val/p0", "train/p1", "val/p1"]
+    assert (sorted(found["val"]), found["test"]) == (["val/p0", "val/p1"], ["test/p0", "test/p1"])
+    np.testing.assert_array_equal(load(tmp_path)[1]["val/p1"].labels, np.roll(labels(2), 1))
+    write_lists(tmp_path, test="test/p1.png")
+    assert split_of(tmp_path)["test"] == ["test/p1"]
+    write_lists(tmp_path)
+    shutil.move(tmp_path / "masks" / "test" / "p0.png", tmp_path / "masks" / "p0.png")
+    assert "no mask in masks/ for: 1 (test/p0)" in refusal(tmp_path)
+
+
+def test_lists_may_name_files(tmp_path):
+    write_lists(fill(tmp_path), train="p0.png images/p1.png", test="p2")
+    found = split_of(tmp_path)
+    assert (found["train"], found["test"]) == (["p0", "p1"], ["p2"])
+
+
+def test_pictures_in_no_list_and_folders_are_told(tmp_path, capsys):
+    write_lists(fill(tmp_path), train="p0 p1", test="p2")
+    (tmp_path / "images" / "more").mkdir()
+    load(tmp_path)
+    output = capsys.readouterr().out
+    assert "pictures in none of its lists are left out: 5 (p3, p4, p5, ...)" in output
+    assert "folders in images/ and masks/ are left out: 1 (images/more/)" in output
+
+
+def test_no_test_at_all(tmp_path):
+    fill(tmp_path)
+    found = split_of(tmp_path, fraction=0)
+    assert (sorted(found["train"]), found["test"]) == ([f"p{i}" for i in range(8)], [])
+    write_lists(tmp_path, train=" ".join(found["train"]))
+    assert "splits without pictures: 1 (test)" in refusal(tmp_path)
+
+
+def test_masks_named_by_other_tools(tmp_path, capsys):
+    fill(tmp_path, 3)
+    for i, ending in enumerate(("_mask.gif", "_mask.png", ".tif")):
+        path = tmp_path / "masks" / f"p{i}.png"
+        with Image.open(path) as mask:
+            mask.save(path.with_name(f"p{i}{ending}"))
+        path.unlink()
+    Image.new("L", (24, 20)).save(tmp_path / "masks" / "p1_overlay.png")  # beside our own predictions
+    examples = load(tmp_path)[1]
+    for i in range(3):
+        np.testing.assert_array_equal(examples[f"p{i}"].labels, np.roll(labels(2), i))
+    assert "overlays in masks/ are left out: 1 (p1_overlay)" in capsys.readouterr().out
+    Image.new("L", (24, 20)).save(tmp_path / "masks" / "p1.png")
+    assert "several files for: 1 (masks/p1)" in refusal(tmp_path)
+
+
+def test_pages_beyond_the_first_are_refused(tmp_path):
+    fill(tmp_path, 2)
+    page = Image.new("RGB", (24, 20))
+    (tmp_path / "images" / "p0.png").unlink()
+    page.save(tmp_path / "images" / "p0.tif", save_all=True, append_images=[page, page])
+    Image.fromarray(labels(2)).save(
+        tmp_path / "masks" / "p1.tif", save_all=True, append_images=[Image.new("L", (24, 20))]
+    )
+    (tmp_path / "masks" / "p1.png").unlink()
+    message = refusal(tmp_path)
+    assert "images/p0.tif: holds 3 pictures (pages or frames): save each in a file of its own" in message
+    assert "masks/p1.tif: holds 2 pictures" in message
+
+
+def test_side_by_side_in_one_folder_is_told_at_once(tmp_path):
+    fill(tmp_path, 2)
+    for i in range(2):
+        Image.new("RGB", (24, 20)).save(tmp_path / "images" / f"p{i}.jpg")
+    (tmp_path / "masks" / "p1.png").unlink()
+    message = refusal(tmp_path)
+    assert "several files for: 2 (images/p0, images/p1)" in message
+    assert "no mask in masks/ for: 1 (p1)" in message
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Commands run in this process, from a folder with pictures in data/."""
+    monkeypatch.setattr(device, "set_up", lambda folder: None)  # the tests have their own
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    write_lists(fill(tmp_path / "data"), train="p0 p1 p2 p3", val="p4", test="p5 p6 p7")
+    return tmp_path
+
+
+def train(*flags: object) -> None:
+    run = importlib.import_module("run")
+    flags = ("--dataset", "folder", "--image-size", "16", "--widths", "4", "4", "--cache-dir", "cache", *flags)
+    run.train_runs(run.parse([str(flag) for flag in flags]))
+
+
+def evaluate(run: str, **options) -> dict:
+    module = importlib.import_module("evaluate")
+    module.evaluate_run(module.Options(Path(run), cache_dir="cache", out=Path("out"), **options))
+    with Path("out/scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    result = json.loads(Path("out/evaluation.json").read_text())
+    assert [row["picture"] for row in rows] == json.loads(Path("out/split.json").read_text())[result["split"]]
+    return result | {"rows": rows}
+
+
+def test_a_run_knows_its_pictures(here, monkeypatch, capsys):
+    flags = ("--data-dir", "data", "--workdir", "runs/a")
+    train(*flags, "--epochs", 1)
+    split = json.loads(Path("runs/a/split.json").read_text())
+    assert split == {"train": ["p0", "p1", "p2", "p3"], "validation": ["p4"], "test": ["p5", "p6", "p7"]}
+    with Path("runs/a/scores.csv").open() as file:
+        scores = list(csv.DictReader(file))
+    assert [row["picture"] for row in scores] == split["test"]
+    result = evaluate("runs/a")
+    assert result["rows"] == scores
+    assert result["mean_iou"] == json.loads(Path("runs/a/summary.json").read_text())["test"]["mean_iou"]
+    assert (evaluate("runs/a", split="validation")["pictures"], evaluate("runs/a", split="all")["pictures"]) == (1, 8)
+
+    # Nothing of this machine is in the config, and the pictures are found from elsewhere.
+    assert json.loads(Path("runs/a/config.json").read_text())["data"]["data_dir"] == "data"
+    assert json.loads(Path("runs/a/environment.json").read_text())["data_dir"] == "../../data"
+    Path("elsewhere/data").mkdir(parents=True)
+    monkeypatch.chdir("elsewhere")
+    assert evaluate("../runs/a")["rows"] == scores
+    monkeypatch.chdir(here)
+
+    # Another folder is scored whole, one that was moved is the run's own.
+    shutil.copytree("data", "other")
+    (here / "data").rename(here / "moved")
+    with pytest.raises(InputError, match=r"runs/a was trained on the pictures in data, .*: give a --data-dir"):
+        evaluate("runs/a")
+    assert evaluate("runs/a", data_dir="moved")["pictures"] == 3
+    write_lists(here / "other", test=" ".join(f"p{i}" for i in range(8)))
+    capsys.readouterr()
+    assert (result := evaluate("runs/a", data_dir="other"))["split"] == "all"
+    assert result["pictures"] == 8
+    assert "5 of these 8 pictures have names that runs/a was trained on (p0, p1, p2, ...)" in capsys.readouterr().out
+
+    # Other lists make another run, and no test.
+    (here / "moved").rename(here / "data")
+    write_lists(here / "data", train="p5 p6 p7 p3", val="p4", test="p0 p1 p2")
+    before = Path("runs/a/metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"runs/a has other pictures in its train and test split, .*p0, p1, p2, "):
+        train(*flags, "--epochs", 2)
+    with pytest.raises(InputError, match="3 of these 3 pictures have names that runs/a was trained on"):
+        evaluate("runs/a")
+    assert Path("runs/a/metrics.jsonl").read_bytes() == before
+    Path("runs/a/split.json").unlink()  # as a run of an older version
+    train(*flags, "--epochs", 2)
+    assert len(records(Path("runs/a"))) == 2
+
+
+def test_a_run_without_test(here, capsys):
+    write_lists(here / "data")
+    train("--data-dir", "data", "--workdir", "runs/b", "--epochs", 1, "--test-fraction", 0)
+    output = capsys.readouterr().out
+    assert "there are no pictures to test on" in output
+    assert "no test after 1 epochs" in output
+    assert "test_loss" not in records(Path("runs/b"))[0]
+    assert sorted(runs.read_split(Path("runs/b"))["train"]) == [f"p{i}" for i in range(8)]
+    assert {"metrics.png", "results.png", "summary.json"} <= {path.name for path in Path("runs/b").iterdir()}
+    assert not Path("runs/b/scores.csv").exists()
+    with pytest.raises(InputError, match="no pictures in the test split: choose another --split, such as all"):
+        evaluate("runs/b")
+    assert evaluate("runs/b", split="all")["pictures"] == 8

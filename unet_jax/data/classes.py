@@ -1,0 +1,92 @@
+"""classes.json: the names of a folder's classes, and the colours or values that its masks have for them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dacite
+
+from unet_jax.config import IGNORE_LABEL
+from unet_jax.errors import InputError
+
+COLOUR = 1 << 24  # a colour is told from a value by this plus 0xRRGGBB: beyond all values
+FORM = '{"names": ["road", ...], "colours": [[128, 64, 128], ...], "ignore": [[0, 0, 0]]}'
+
+Table = tuple[tuple[int, int], ...]  # a value or COLOUR + 0xRRGGBB, and its label; () where values are labels
+
+
+@dataclass(frozen=True)
+class ClassesFile:
+    """classes.json. A colour is [red, green, blue], or a number: a grey value, or a palette's index."""
+
+    names: list[str] = field(default_factory=list)
+    colours: list[int | list[int]] = field(default_factory=list)
+    ignore: list[int | list[int]] = field(default_factory=list)
+
+
+def read(path: Path, names: tuple[str, ...]) -> tuple[tuple[str, ...], Table]:
+    """The names of the classes, () if they are to be counted, and the label of each colour or value that is listed.
+
+    Raises:
+      InputError: the file has another form, or names other classes than `names`.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8-sig")) if path.exists() else {}
+        file = dacite.from_dict(ClassesFile, values, dacite.Config(strict=True))
+        listed = file.colours + file.ignore
+        in_colours = any(isinstance(colour, list) for colour in listed)
+        codes = [_code(colour, in_colours) for colour in listed]
+    except (OSError, ValueError, AttributeError, dacite.DaciteError) as error:
+        raise InputError(f"{path} is not of the form {FORM}: {error}") from None
+    if names and file.names and names != tuple(file.names):
+        raise InputError(f"the classes are to be {', '.join(names)}, but {path} names {', '.join(file.names)}")
+    names = names or tuple(file.names) or tuple(f"class_{i}" for i in range(len(file.colours)))
+    if len(names) == 1 or len(names) > IGNORE_LABEL or repeated(names):
+        raise InputError(f"the classes are {some(names)}: they must be two to {IGNORE_LABEL}, of different names")
+    if codes and (repeated(codes) or len(file.colours) != len(names) or not names):
+        raise InputError(f"{path} has {len(file.colours)} colours for {len(names)} classes: each must have its own")
+    return names, tuple((code, i if i < len(names) else IGNORE_LABEL) for i, code in enumerate(codes))
+
+
+def _code(colour: int | list[int], in_colours: bool) -> int:
+    if in_colours:
+        r, g, b = colour if isinstance(colour, list) else [colour] * 3
+        return COLOUR + int.from_bytes(bytes((r, g, b)))
+    if not isinstance(colour, int) or not 0 <= colour < 1 << 16:
+        raise ValueError(f"{colour} is no value of 8 or 16 bits")
+    return colour
+
+
+def in_colours(table: Table) -> bool:
+    """Whether masks are to be read by their colours, and not by their values."""
+    return any(code >= COLOUR for code, _ in table)
+
+
+def colours_of(table: Table) -> tuple[str, ...]:
+    """The colours of the classes as #rrggbb, () where values are listed or nothing is."""
+    codes = [code for code, label in table if label != IGNORE_LABEL]
+    return tuple(f"#{code - COLOUR:06x}" for code in codes) if in_colours(table) else ()
+
+
+def example(names: Sequence[str], classes: Iterable[int], ignored: Iterable[int] = ()) -> str:
+    """The text of a classes.json that lists these codes; classes without a name are numbered."""
+    colours, ignore = ([_readable(code) for code in codes] for codes in (classes, ignored))
+    names = [*names, *(f"class_{i}" for i in range(len(names), len(colours)))][: len(colours)]
+    return json.dumps({"names": names, "colours": colours, "ignore": ignore})
+
+
+def _readable(code: int) -> int | list[int]:
+    return code if code < COLOUR else list((code - COLOUR).to_bytes(3))
+
+
+def some(cases: Sequence[object]) -> str:
+    """The first three of them."""
+    return ", ".join(map(str, cases[:3])) + ", ..." * (len(cases) > 3)
+
+
+def repeated(names: Iterable[Any]) -> list[Any]:
+    """Those that come more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
