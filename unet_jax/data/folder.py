@@ -4,7 +4,7 @@
     DIR/masks/        for each a PNG (or GIF, TIFF, BMP) of the same size, named like it or NAME_mask: class indices, or
                       what classes.json lists
     DIR/classes.json  optional: {"names": ["road", ...], "colours": [[128, 64, 128], ...], "ignore": [[0, 0, 0], ...]},
-                      of which each is optional too
+                      where names may be left out (the classes are numbered), or colours and ignore
     DIR/train.txt     optional: a stem (or a file name) a line; likewise test.txt. With both, pictures in neither are
                       left alone; with one, the rest is the other split; with none, a fraction drawn by the seed is the
                       test split
