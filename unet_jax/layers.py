@@ -1,25 +1,21 @@
-"""The network's layers in plain JAX, for every device. A `UNet` takes them as a field.
+"""The network's layers in plain JAX: NHWC pictures, HWIO kernels, float32 parameters of linen's names and shapes."""
 
-Layout is NHWC, kernels are HWIO. Parameters have the names and shapes of linen's layers, and are float32.
-"""
-
-from collections.abc import Sequence
+import math
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen import Dropout, relu
+from flax.linen import Dropout as Dropout  # layers too
+from flax.linen import relu as relu
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-__all__ = ["BatchNorm", "Conv", "Dropout", "TransposedConv", "join", "max_pool", "relu", "resize_double"]
 
-
-def bias_init(fan_in: int) -> nn.initializers.Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the distribution of PyTorch's biases."""
-    bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+def pytorch_init(fan_in: int) -> nn.initializers.Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for the kernels and biases of convolutions."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
 
 def wide_dtype(x: Array) -> DTypeLike:
@@ -30,15 +26,11 @@ def wide_dtype(x: Array) -> DTypeLike:
 def convolution(x: Array, kernel: Array, strides: int = 1) -> Array:
     """x [N, H, W, I] with kernel [k, k, I, O], zeros around: [N, ceil(H/strides), ceil(W/strides), O]."""
     padding = [(kernel.shape[0] // 2,) * 2] * 2
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=dimensions)
+    return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class Conv(nn.Module):
-    """Convolution with bias: x [N, H, W, I] to [N, H, W, features], at stride 2 to [N, ceil(H/2), ceil(W/2), features].
-
-    The initial weights are PyTorch's default, which comes to U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-    """
+    """Convolution with bias: x [N, H, W, I] to [N, H, W, features]; a stride of 2 halves H and W."""
 
     features: int
     kernel_size: int = 3
@@ -47,22 +39,20 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        k, in_features = self.kernel_size, x.shape[-1]
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        kernel = self.param("kernel", init, (k, k, in_features, self.features), jnp.float32)
-        bias = self.param("bias", bias_init(k * k * in_features), (self.features,), jnp.float32)
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        init = pytorch_init(fan_in=math.prod(shape[:3]))
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        bias = self.param("bias", init, (self.features,), jnp.float32)
         return self.convolve(x, kernel.astype(self.dtype), bias.astype(self.dtype))
 
     def convolve(self, x: Array, kernel: Array, bias: Array) -> Array:
-        """The convolution itself."""
         return convolution(x.astype(self.dtype), kernel, self.strides) + bias[None, None, None]
 
 
 class TransposedConv(nn.Module):
     """Transposed 3x3 convolution of stride 2 with bias: x [N, H, W, I] to [N, 2H, 2W, features].
 
-    PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1). The kernel is [3, 3, features, I], as in
-    linen's ConvTranspose(transpose_kernel=True).
+    It is PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1); the kernel is [3, 3, features, I].
     """
 
     features: int
@@ -70,14 +60,12 @@ class TransposedConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        # PyTorch counts the fan-in of a transposed convolution over its output features.
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=2, out_axis=3)
+        init = pytorch_init(fan_in=9 * self.features)  # as PyTorch counts it: over the outputs
         kernel = self.param("kernel", init, (3, 3, self.features, x.shape[-1]), jnp.float32)
-        bias = self.param("bias", bias_init(9 * self.features), (self.features,), jnp.float32)
+        bias = self.param("bias", init, (self.features,), jnp.float32)
         return self.convolve(x, kernel.astype(self.dtype), bias.astype(self.dtype))
 
     def convolve(self, x: Array, kernel: Array, bias: Array) -> Array:
-        """The transposed convolution itself."""
         # Along an axis, output 2i sees w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1]. One 2x2 convolution
         # gives a pixel's four outputs at once. The textbook form dilates x, and its kernel gradient is slow everywhere.
         n, h, w, in_features = x.shape
@@ -92,8 +80,7 @@ class TransposedConv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch norm over N, H, W (Ioffe and Szegedy 2015, arXiv:1502.03167): x [N, H, W, C] to the same shape and dtype.
 
-    Parameters scale, bias [C]; running batch_stats mean, var [C] (biased, as in Flax), which training moves by a tenth
-    a step: PyTorch's momentum of 0.1.
+    Parameters scale, bias [C]; running batch_stats mean, var [C] (biased, as in Flax), moved by a tenth a step.
     """
 
     epsilon: float = 1e-5
@@ -104,25 +91,21 @@ class BatchNorm(nn.Module):
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        running = [
-            self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32),
-            self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32),
-        ]
-        mean, var = self.statistics(x) if train else (statistic.value for statistic in running)
+        old_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        old_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        mean, var = self.statistics(x) if train else (old_mean.value, old_var.value)
         if train and not self.is_initializing():
-            for statistic, new in zip(running, (mean, var), strict=True):
-                statistic.value = self.momentum * statistic.value + (1 - self.momentum) * new
+            old_mean.value += (1 - self.momentum) * (mean - old_mean.value)
+            old_var.value += (1 - self.momentum) * (var - old_var.value)
         gain = scale.astype(mean.dtype) * lax.rsqrt(var + self.epsilon)
         return self.affine(x, gain, bias.astype(mean.dtype) - mean * gain)
 
     def statistics(self, x: Array) -> tuple[Array, Array]:
-        """Mean and biased variance [C] of x, float32 or wider."""
         x = x.astype(wide_dtype(x))
         mean, mean_square = x.mean((0, 1, 2)), jnp.square(x).mean((0, 1, 2))
         return mean, jnp.maximum(mean_square - jnp.square(mean), 0)
 
     def affine(self, x: Array, gain: Array, shift: Array) -> Array:
-        """x * gain + shift, in x's dtype, for gain and shift [C]."""
         return (x.astype(wide_dtype(x)) * gain[None, None, None] + shift[None, None, None]).astype(x.dtype)
 
 
@@ -145,20 +128,15 @@ def _max_pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
     # `max` would share the gradient among equals, and XLA's own pooling has a slow one. Each comparison picks one: a
     # search for what equals the maximum finds none where the compiler computes x again, rounded in another way.
     (x,), (dx,) = primals, tangents
-    windows = _windows(x)
-    left = windows[..., 0, :] >= windows[..., 1, :]  # [N, H//2, 2, W//2, C]
-    row_max = windows.max(4)
-    top = row_max[:, :, 0] >= row_max[:, :, 1]
-    rows, columns = jnp.stack([top, ~top], 2), jnp.stack([left, ~left], 4)
-    taken = rows[:, :, :, :, None] & columns
+    windows = _windows(x)  # [N, H//2, 2, W//2, 2, C]
+    left, rows = windows[..., 0, :] >= windows[..., 1, :], windows.max(4)
+    top = rows[:, :, 0] >= rows[:, :, 1]
+    taken = jnp.stack([top, ~top], 2)[..., None, :] & jnp.stack([left, ~left], 4)
     return max_pool(x), jnp.where(taken, _windows(dx), 0).sum((2, 4))
 
 
 def resize_double(x: Array) -> Array:
-    """Bilinear resize with aligned corners: x [N, H, W, C] to [N, 2H, 2W, C]; a single pixel is repeated.
-
-    `jax.image.resize` does not align corners; `jax.image.scale_and_translate` multiplies by matrices that are mostly 0.
-    """
+    """Bilinear resize with aligned corners, which `jax.image.resize` has not: x [N, H, W, C] to [N, 2H, 2W, C]."""
     return _double_axis(_double_axis(x, 2), 1)
 
 
@@ -174,6 +152,4 @@ def _double_axis(x: Array, axis: int) -> Array:
     return jnp.stack([even, odd], axis + 1).reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])
 
 
-def join(parts: Sequence[Array]) -> Array:
-    """Concatenates [N, H, W, C1], [N, H, W, C2], ... along the channels."""
-    return jnp.concatenate(parts, -1)
+join = partial(jnp.concatenate, axis=-1)  # [N, H, W, C1], [N, H, W, C2], ... to [N, H, W, C1 + C2 + ...]

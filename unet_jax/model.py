@@ -44,8 +44,7 @@ class Upsample(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         if self.method == "transposed_conv":
             return self.layers.TransposedConv(self.features, dtype=self.dtype, name="conv")(x)
-        # The reference resizes first. The 1x1 conv commutes with the resize (whose weights sum to 1 at each output
-        # pixel, so the bias passes too) and costs a quarter before it.
+        # The reference resizes first. The two commute, since the resize's weights sum to 1, and so it costs a quarter.
         x = self.layers.Conv(self.features, kernel_size=1, dtype=self.dtype, name="conv")(x)
         x = self.layers.BatchNorm(name="norm")(self.layers.resize_double(x), train)
         return self.layers.relu(x)
@@ -56,8 +55,8 @@ class UNet(nn.Module):
 
     Dropout draws from the "dropout" key when `train`; batch norm's running statistics are in "batch_stats". `dtype` is
     what the layers compute in; parameters and statistics are float32. `remat` has the gradient compute each block's
-    inner activations again (Chen et al. 2016, arXiv:1604.06174). `layers` has the names of `unet_jax.layers`, which are
-    its default: change a layer by a namespace of your own. `train.make_model` chooses what is fast on the device.
+    inner activations again (Chen et al. 2016, arXiv:1604.06174). `layers` may be others of the same names:
+    `train.make_model` chooses those that are fast on the device.
 
     Raises:
       InputError: height or width is not a multiple of 2^(levels-1).
