@@ -9,7 +9,6 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from unet_jax import plots
 from unet_jax.config import VARIANTS, RunConfig, default_config, differences, from_dict
 from unet_jax.errors import InputError, exit_on_input_error
 
@@ -118,6 +117,8 @@ def table(runs: Iterable[Run]) -> str:
 
 def write_comparison(folders: list[Path], out: Path | None = None, name: str = "comparison") -> None:
     """Writes NAME.md and NAME.png of these runs, in `out` or the folder that holds the first."""
+    from unet_jax import plots
+
     out = out or folders[0].parent
     out.mkdir(parents=True, exist_ok=True)
     runs = {"/".join(folder.parts[-2:]): read_run(folder) for folder in folders}

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from unet_jax import device, runs, train
+from unet_jax import device, experiment, runs, train
 from unet_jax.config import differences
 from unet_jax.errors import InputError
 
@@ -176,7 +176,7 @@ def test_running_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
     steps = train.Steps(*[exhausted] * 4)
-    monkeypatch.setattr(train, "make_steps", lambda *_: steps)
+    monkeypatch.setattr(experiment, "make_steps", lambda *_: steps)
     (options,) = run.parse([*check_faults.FLAGS, "--workdir", str(tmp_path / "run"), "--cache-dir", str(tmp_path)])
     with pytest.raises(InputError, match="try --remat, or --batch-size 4 "):
         run.train_run(options, device.placement())

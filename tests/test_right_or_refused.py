@@ -20,8 +20,9 @@ from unet_jax import checkpoint, device, folders, plots, runs, train
 from unet_jax.augment import augment
 from unet_jax.config import ModelConfig, RunConfig, default_config, differences, from_dict, to_dict
 from unet_jax.data import oxford_iiit_pet, pictures
-from unet_jax.data.datasets import sources
+from unet_jax.data.datasets import load_splits, sources
 from unet_jax.errors import InputError
+from unet_jax.start import start_from
 
 SMALL = ["--dataset", "synthetic", "--image-size", "16", "--widths", "4", "4", "--train-examples", "12"]
 SMALL += ["--test-examples", "5", "--batch-size", "8", "--epochs", "1"]
@@ -90,12 +91,12 @@ def parse(scripts, *flags):
 def test_class_names_that_are_not_the_datas(scripts, tmp_path, names, message):
     options = parse(scripts, *SMALL, "--class-names", *names)
     with pytest.raises(InputError, match=message):
-        scripts.run.load_splits(options.config, str(tmp_path))
+        load_splits(options.config, str(tmp_path))
 
 
 def test_class_names_may_be_others_of_the_same_number(scripts, tmp_path):
     options = parse(scripts, *SMALL, "--class-names", "Tier", "Grund", "Rand")
-    assert len(scripts.run.load_splits(options.config, str(tmp_path))["train"].names) == 12
+    assert len(load_splits(options.config, str(tmp_path))["train"].names) == 12
 
 
 @pytest.mark.parametrize("size", [9, 12, 16, 64])
@@ -103,7 +104,7 @@ def test_a_batch_size_given_by_hand_is_kept_or_refused(scripts, folder, tmp_path
     options = parse(scripts, "--dataset", "folder", "--data-dir", folder, "--batch-size", size, "--image-size", 16)
     assert options.config.train.batch_size == size
     with pytest.raises(InputError, match=f"--batch-size {size} is larger than the 8 training pictures"):
-        scripts.run.load_splits(options.config, str(tmp_path))
+        load_splits(options.config, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -143,21 +144,21 @@ def test_a_run_knows_the_scale_of_its_pictures(scripts, folder, tmp_path):
     (meta,) = (tmp_path / "cache").glob("folder-train-*/meta.json")
     text = meta.read_text()
     meta.write_text(json.dumps({name: value for name, value in json.loads(text).items() if name != "scale"}))
-    assert scripts.run.load_splits(options.config, str(tmp_path / "cache"))["train"].scale == (16 / 24, 16 / 32)
+    assert load_splits(options.config, str(tmp_path / "cache"))["train"].scale == (16 / 24, 16 / 32)
     assert json.loads(meta.read_text()) == json.loads(text)
 
 
-def test_a_run_without_a_scale_goes_on(scripts):
+def test_a_run_without_a_scale_goes_on():
     old = to_dict(tiny_config())
     del old["data"]["scale"]
     assert differences(from_dict(old), tiny_config(scale=(0.5, 0.5))) == []
 
 
-def test_fine_tuning_to_other_classes_takes_all_but_the_last_layer(scripts, tmp_path, capsys):
+def test_fine_tuning_to_other_classes_takes_all_but_the_last_layer(tmp_path, capsys):
     other = save_run(tmp_path / "other", tiny_config())
     config = tiny_config(class_names=("cat", "dog"))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(other), seed=1))
-    params = scripts.run.start_from(config, device.placement()).state.params
+    params = start_from(config, device.placement()).state.params
     assert f"the last layer starts anew: {other} has other classes (pet, background, border)" in capsys.readouterr().out
     theirs = runs.load(other, device.placement())[1].state.params
     chex.assert_trees_all_equal({**params, "logits": 0}, {**theirs, "logits": 0})
@@ -165,17 +166,17 @@ def test_fine_tuning_to_other_classes_takes_all_but_the_last_layer(scripts, tmp_
     assert params["logits"]["bias"].shape == (2,)
     # Classes of other names are other classes, though as many.
     renamed = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=("a", "b", "c")))
-    params = scripts.run.start_from(renamed, device.placement()).state.params
+    params = start_from(renamed, device.placement()).state.params
     assert (params["logits"]["bias"] != theirs["logits"]["bias"]).all()
 
 
-def test_fine_tuning_another_network_is_refused_by_what_differs(scripts, tmp_path):
+def test_fine_tuning_another_network_is_refused_by_what_differs(tmp_path):
     other = save_run(tmp_path / "other", tiny_config())
     config = tiny_config("strconv_tr_ce")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(other)))
     message = "is a run of another network: downsampling max_pool instead of strided_conv$"
     with pytest.raises(InputError, match=message):
-        scripts.run.start_from(config, device.placement())
+        start_from(config, device.placement())
 
 
 def test_fewer_epochs_than_are_done_are_told_as_they_are(scripts, tmp_path, capsys):
@@ -190,7 +191,7 @@ def test_fewer_epochs_than_are_done_are_told_as_they_are(scripts, tmp_path, caps
 def test_a_cache_that_cannot_be_written_is_told_with_the_flag(scripts, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written .*: give another --cache-dir"):
-        scripts.run.load_splits(parse(scripts, *SMALL).config, str(tmp_path / "file"))
+        load_splits(parse(scripts, *SMALL).config, str(tmp_path / "file"))
 
 
 def test_brackets_in_a_name_are_found(scripts, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -15,6 +16,16 @@ SIGPIPE_STATUS = 128 + 13
 
 class InputError(Exception):
     """Bad input. Its message is one line for the user: what is wrong, and what to do about it."""
+
+
+@contextlib.contextmanager
+def names_for_flags() -> Iterator[None]:
+    """Has an InputError speak to who calls from Python: of batch_size where the command's user reads --batch-size."""
+    try:
+        yield
+    except InputError as error:
+        text = re.sub(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)", lambda flag: flag[1].replace("-", "_"), str(error))
+        raise InputError(text) from None
 
 
 @contextlib.contextmanager
