@@ -1,4 +1,4 @@
-"""Every choice of a run as frozen dataclasses, to and from JSON. The flags of experiments/run.py are these fields."""
+"""Every choice of a run as frozen dataclasses, to and from JSON. The flags of `unet-jax train` are these fields."""
 
 import dataclasses
 import difflib

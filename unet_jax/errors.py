@@ -33,7 +33,7 @@ def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
     """Turns an InputError (or a full disk) into one line on stderr and exit status 2, for the experiments' `main`.
 
     `interrupted` is what Ctrl-C prints (signals.ending_at_once). Output that nobody reads any more, as of
-    `run.py | head -1`, ends the process with SIGPIPE's status.
+    `unet-jax train | head -1`, ends the process with SIGPIPE's status.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names may have bytes that are no characters
