@@ -69,6 +69,12 @@ def test_a_run_with_validation_counts_by_its_summary(tmp_path):
     assert "| 0.2500 | - | 0.5000 |" in row  # no best test loss: it was looked at once
 
 
+def test_a_run_without_a_finished_epoch_is_refused_as_such(tmp_path):
+    folder = make_run(tmp_path / "run", 0, [])
+    with pytest.raises(InputError, match=r"run has no finished epoch$"):
+        report.read_run(folder)
+
+
 def test_ablation_settings_are_flags_of_run_py():
     configs = {
         name: parse([*ablation.BASE.split(), *flags.split(), "--dataset", "synthetic"])[0].config

@@ -144,6 +144,14 @@ def test_a_run_without_a_scale_goes_on():
     assert differences(from_dict(old), tiny_config(scale=(0.5, 0.5))) == []
 
 
+def test_bad_input_is_a_value_error_and_tells_what_it_is_of(tmp_path):
+    for text, message in (('{"format_version": 9}', "json: the config has format version 9"), ("{", "cannot be read")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            runs.read_config(tmp_path)
+        assert isinstance(error.value, InputError)
+
+
 def test_fine_tuning_to_other_classes_takes_all_but_the_last_layer(tmp_path, capsys):
     other = save_run(tmp_path / "other", tiny_config())
     config = tiny_config(class_names=("cat", "dog"))

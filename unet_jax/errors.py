@@ -14,7 +14,7 @@ STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 SIGPIPE_STATUS = 128 + 13
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Bad input. Its message is one line for the user: what is wrong, and what to do about it."""
 
 
@@ -30,7 +30,7 @@ def names_for_flags() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
-    """Turns an InputError (or a full disk) into one line on stderr and exit status 2, for the experiments' `main`.
+    """Turns an InputError (or a full disk) into one line on stderr and exit status 2, for a command.
 
     `interrupted` is what Ctrl-C prints (signals.ending_at_once). Output that nobody reads any more, as of
     `unet-jax train | head -1`, ends the process with SIGPIPE's status.

@@ -11,22 +11,7 @@ import tyro
 
 from unet_jax.config import VARIANTS, RunConfig, default_config, differences, from_dict
 from unet_jax.errors import InputError, exit_on_input_error
-
-# Test losses by epoch as the reproduced work printed them; the epochs between were not published.
-PUBLISHED = {
-    "mp_tr_ce": ([1.3338, 0.8280, 0.6460, 1.1128, 1.0972], 21, [0.9850, 0.8336, 0.6560, 0.6963, 0.5283]),
-    "mp_tr_dice": ([0.2559, 0.2501, 0.2115, 0.1905, 0.1816], 21, [0.0948, 0.1257, 0.0909, 0.1136, 0.1120]),
-    "strconv_tr_ce": ([1.3183, 0.5862, 0.5981, 0.5238, 0.5245], 21, [0.4071, 0.3076, 0.3325, 0.4501, 0.2871]),
-    "strconv_ups_dice": ([0.1596, 0.1661, 0.1223, 0.1148, 0.1261], 20, [0.1391, 0.0642, 0.0651]),
-}
-
-
-def published_losses(variant: str) -> dict[int, float]:
-    """The variant's published test losses by epoch; none for a variant of our own."""
-    if variant not in PUBLISHED:
-        return {}
-    first, start, last = PUBLISHED[variant]
-    return dict(enumerate(first, 1)) | dict(enumerate(last, start))
+from unet_jax.published import TEST_LOSSES
 
 
 class Run(NamedTuple):
@@ -51,13 +36,13 @@ def read_run(folder: Path) -> Run:
     try:
         config, environment = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "environment"))
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        if not records:
-            raise InputError(f"{folder} has no finished epoch")
-        scores = records[-1]
-        if "test_loss" not in scores:
+        scores = records[-1] if records else {}
+        if records and "test_loss" not in scores:
             scores = json.loads((folder / "summary.json").read_text())["test"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} cannot be read as a finished run ({error})") from None
+    if not records:
+        raise InputError(f"{folder} has no finished epoch")
     return Run(from_dict(config), environment, records, scores)
 
 
@@ -88,12 +73,13 @@ def row(runs: list[Run]) -> str:
     """A line of the table: runs that differ in their seeds alone."""
     config, data = runs[0].config, runs[0].config.data
     recipe = VARIANTS.get(config.variant)
-    published = recipe.published_test_loss if recipe and recipe.loss == config.train.loss else None
+    published = TEST_LOSSES.get(config.variant) if recipe and recipe.loss == config.train.loss else None
     best = [min(r["test_loss"] for r in run.records) for run in runs if "test_loss" in run.records[-1]]
     iou = [{k: v for k, v in run.scores["iou"].items() if v is not None} for run in runs]
     cells = (
         config.variant, data.dataset, data.image_size, data.train_examples or "all", len(runs[0].records),
-        settings(config), runs[0].framework, " ".join(str(run.config.train.seed) for run in runs), published or "-",
+        settings(config), runs[0].framework, " ".join(str(run.config.train.seed) for run in runs),
+        min(published.values()) if published else "-",
         spread(run.scores["test_loss"] for run in runs), spread(best) if best else "-",
         spread(run.scores["mean_iou"] for run in runs),
         ", ".join(f"{name} {statistics.mean(i[name] for i in iou if name in i):.3f}" for name in iou[0]),
@@ -132,7 +118,7 @@ def write_comparison(folders: list[Path], out: Path | None = None, name: str = "
     panels: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for label, run in runs.items():
         panels.setdefault(run.config.variant, {})[label] = run.records
-    points = {variant: published_losses(variant) for variant in panels}
+    points = {variant: TEST_LOSSES.get(variant, {}) for variant in panels}
     datasets = sorted({run.config.data.dataset for run in runs.values()})
     plots.comparison_figure(panels, points, f"test loss on {', '.join(datasets)}").savefig(out / f"{name}.png")
     print(text)
