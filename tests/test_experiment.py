@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import signal
+import textwrap
 import threading
 from pathlib import Path
 
 import chex
 import numpy as np
 import pytest
+from PIL import Image
 
 import unet_jax
 from unet_jax import device, experiment, runs
@@ -56,6 +58,20 @@ def test_a_run_from_python_trains_goes_on_and_predicts(run, capsys):
     run(small(1, seed=1), overwrite=True)
     assert json.loads((folder / "config.json").read_text())["train"]["seed"] == 1
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_lines_of_the_docstring_run(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(unet_jax.config, "default_config", lambda variant, dataset: small(1))
+    Image.new("L", (30, 20)).save("photo.jpg")
+    lines = [line for line in unet_jax.__doc__.splitlines() if not line or line.startswith("    ")]
+    names: dict = {}
+    exec(textwrap.dedent("\n".join(lines)), names)
+    assert (names["mask"].shape, names["mask"].dtype) == ((20, 30), np.uint8)
+    np.testing.assert_array_equal(names["probabilities"].argmax(-1), names["mask"])
+    assert names["network"].layers.__name__ == "unet_jax.layers"
+    assert names["loss"] is unet_jax.losses.cross_entropy
 
 
 def test_sigterm_ends_it_with_a_checkpoint(run, monkeypatch):
