@@ -13,8 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from report import spread
-
+from unet_jax.commands.report import spread
 from unet_jax.errors import exit_on_input_error
 
 # name -> flags of run.py

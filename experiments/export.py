@@ -1,36 +1,6 @@
 """Makes one file of a run, which jax alone can call: `python experiments/export.py runs/mp_tr_dice --out model`."""
 
-import dataclasses
-from pathlib import Path
-from typing import Annotated
-
-import tyro
-
-from unet_jax.errors import exit_on_input_error
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to export, and where to."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """The run's folder."""
-    out: Path
-    """Folder for the artifact and model.json, which says how it is used."""
-
-
-def main(options: Options) -> None:
-    from unet_jax.export import export_run
-
-    description = export_run(options.run, options.out)
-    artifact, shape = description["artifact"], ", ".join(map(str, description["input"]["shape"]))
-    print(
-        f"{options.out / artifact['file']}: {artifact['bytes'] / 1e6:.1f} MB, uint8 [{shape}] to probabilities,"
-        f" for {', '.join(description['platforms'])}; needs {' and '.join(description['needs'])}.\n"
-    )
-    print("\n".join(description["usage"]))
-
+from unet_jax.commands.export import command
 
 if __name__ == "__main__":
-    with exit_on_input_error():
-        main(tyro.cli(Options, description=__doc__))
+    command()

@@ -1,4 +1,4 @@
-"""What ends a command: Ctrl-C, output that nobody reads, a device that is not there; and text that is not UTF-8."""
+"""The commands: how they are called and how soon they answer; and what ends one: Ctrl-C, a closed pipe, no device."""
 
 import os
 import signal
@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 from check_faults import heeding_interrupts
 
+import unet_jax
 from unet_jax import signals
+from unet_jax.__main__ import COMMANDS, main
 
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train": "run"}  # those in experiments/ that have another name than their command
+WITHOUT_JAX = "import sys, runpy\nsys.modules['jax'] = None\n"  # as if it were not installed
 START = "from unet_jax.errors import exit_on_input_error\nwith exit_on_input_error('good night'):\n"
 
 
@@ -22,7 +27,7 @@ def start(code: str, **env: str) -> subprocess.Popen:
     with heeding_interrupts():
         return subprocess.Popen(
             [sys.executable, "-c", START + body],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **env},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -100,3 +105,46 @@ def test_other_errors_are_no_users_fault():
 def test_names_that_are_not_utf_8_are_printed():
     stdout, stderr = (process := start("import os\nprint(os.fsdecode(b'caf\\xe9'))")).communicate(timeout=60)
     assert (process.returncode, stdout, stderr) == (0, "caf\\udce9\n", "")
+
+
+def without_jax(start: str, *argv: str) -> tuple[int, str]:
+    """The exit status and all output of a command that is started by `start`."""
+    code = f"{WITHOUT_JAX}sys.argv = {['x', *argv]}\n{start}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    return done.returncode, (done.stdout + done.stderr).decode()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_and_a_mistyped_flag_wait_for_no_jax(command):
+    package = "runpy.run_module('unet_jax', run_name='__main__')"
+    status, output = without_jax(package, command, "--help")
+    assert status == 0
+    assert f"usage: unet-jax {command} " in output
+    assert f"unet-jax {command}" in output.split("\n", 1)[1]  # an example
+    script = ROOT / "experiments" / f"{SCRIPTS.get(command, command.replace('-', '_'))}.py"
+    status, output = without_jax(f"runpy.run_path({str(script)!r}, run_name='__main__')", "--nonsense", "3")
+    assert status == 2
+    assert "Traceback" not in output
+    assert "nonsense" in output or "Missing" in output  # such as the run's folder
+
+
+def test_the_list_of_commands(capsys, monkeypatch):
+    for argv in ([], ["-h"], ["--help"]):
+        monkeypatch.setattr(sys, "argv", ["unet-jax", *argv])
+        main()
+        output = capsys.readouterr().out
+        assert all(f"\n  {name} " in output for name in COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["unet-jax", "--version"])
+    main()
+    assert capsys.readouterr().out == f"{unet_jax.__version__}\n"
+
+
+@pytest.mark.parametrize(("word", "hint"), [("trian", "did you mean train?"), ("x", "choose from train, evaluate")])
+def test_a_command_that_there_is_not_is_refused(capsys, monkeypatch, word, hint):
+    monkeypatch.setattr(sys, "argv", ["unet-jax", word])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"error: there is no command {word!r}: {hint}" in capsys.readouterr().err

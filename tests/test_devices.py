@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from unet_jax import device, runs, train
+from unet_jax import device, experiment, runs, train
+from unet_jax.commands import train as command
 from unet_jax.config import differences
 from unet_jax.errors import InputError
 
@@ -169,17 +170,14 @@ def test_out_of_memory_names_a_batch_that_divides():
 
 
 def test_running_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(check_faults.ROOT / "experiments")
-    import run
-
     def exhausted(state, batch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
     steps = train.Steps(*[exhausted] * 4)
-    monkeypatch.setattr(train, "make_steps", lambda *_: steps)
-    (options,) = run.parse([*check_faults.FLAGS, "--workdir", str(tmp_path / "run"), "--cache-dir", str(tmp_path)])
+    monkeypatch.setattr(experiment, "make_steps", lambda *_: steps)
+    (options,) = command.parse([*check_faults.FLAGS, "--workdir", str(tmp_path / "run"), "--cache-dir", str(tmp_path)])
     with pytest.raises(InputError, match="try --remat, or --batch-size 4 "):
-        run.train_run(options, device.placement())
+        command.train_run(options, device.placement())
 
 
 def test_remat_computes_the_same():

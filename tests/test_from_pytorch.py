@@ -1,5 +1,7 @@
 """Names, shapes and messages, on state dicts made without PyTorch; experiments/parity.py compares what is computed."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -46,6 +48,16 @@ def make_state_dict(down="max_pool", up="transposed_conv", widths=(4, 6, 8), num
     conv(f"conv{2 * levels + 1}", num_classes, widths[0], 1)
     rng = np.random.default_rng(0)
     return {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+
+def save_safetensors(path, arrays):
+    entries, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, (dtype, array) in arrays.items():
+        offsets = [len(data), len(data) + array.nbytes]
+        entries[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": offsets}
+        data += array.tobytes()
+    head = json.dumps(entries).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + data)
 
 
 def make_model(down="max_pool", up="transposed_conv", widths=(4, 6, 8), **kwargs):

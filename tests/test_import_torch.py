@@ -1,6 +1,5 @@
 """An imported run is a run to evaluate, predict, export and --init-from; and what run.py and the import refuse."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,10 +9,13 @@ import chex
 import jax
 import numpy as np
 import pytest
-from test_from_pytorch import make_state_dict
+from test_from_pytorch import make_state_dict, save_safetensors
 from test_predict import picture
 
 from unet_jax import device, export, predict, runs, train
+from unet_jax.commands import evaluate as evaluate_command
+from unet_jax.commands import import_torch
+from unet_jax.commands import train as train_command
 from unet_jax.errors import InputError
 from unet_jax.from_pytorch import find_state_dict, variables_from_state_dict
 
@@ -21,24 +23,14 @@ WIDTHS, SIZE = (4, 6), 16
 
 
 @pytest.fixture(scope="module")
-def scripts():
-    """The modules of experiments/, by their file names."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-    try:
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in ("import_torch", "evaluate", "run")})
-    finally:
-        sys.path.pop(0)
-
-
-@pytest.fixture(scope="module")
-def make_import(scripts):
+def make_import():
     """What import_torch.py does once torch has read the file."""
 
     def make(folder, state_dict, variant="strconv_tr_ce", **options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scripts.import_torch, "read_state_dict", lambda path: state_dict)
+            patch.setattr(import_torch, "read_state_dict", lambda path: state_dict)
             options = {"image_size": SIZE, "widths": WIDTHS, **options}
-            scripts.import_torch.main(scripts.import_torch.Options(Path("theirs.pth"), variant, folder, **options))
+            import_torch.main(import_torch.Options(Path("theirs.pth"), variant, folder, **options))
         return folder
 
     return make
@@ -66,9 +58,9 @@ def test_it_answers_as_its_weights_do(imported, weights):
     np.testing.assert_allclose(predictor(image, probabilities=True), expected, atol=1e-6)
 
 
-def test_evaluate_takes_it(scripts, imported, tmp_path, capsys):
+def test_evaluate_takes_it(imported, tmp_path, capsys):
     options = {"dataset": "synthetic", "examples": 5, "cache_dir": str(tmp_path), "out": tmp_path / "out"}
-    scripts.evaluate.evaluate_run(scripts.evaluate.Options(imported, **options))
+    evaluate_command.evaluate_run(evaluate_command.Options(imported, **options))
     assert f"{imported}, imported weights, 5 test pictures of synthetic" in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (result["epoch"], np.sum(result["confusion"])) == (0, 5 * SIZE * SIZE)
@@ -84,24 +76,24 @@ def test_export_takes_it(imported, tmp_path):
     np.testing.assert_allclose(answer, predict.load(imported).network(images), atol=1e-5)
 
 
-def train_on(scripts, workdir, *flags):
+def train_on(workdir, *flags):
     data = ["--dataset", "synthetic", "--image-size", SIZE, "--train-examples", 8, "--test-examples", 4]
     options = [*data, "--epochs", 1, "--batch-size", 4, "--widths", *WIDTHS, "--cache-dir", workdir.parent / "cache"]
-    (parsed,) = scripts.run.parse([*map(str, ["--variant", "strconv_tr_ce", *options, "--workdir", workdir, *flags])])
-    scripts.run.train_run(parsed, device.placement())
+    (parsed,) = train_command.parse([*map(str, ["--variant", "strconv_tr_ce", *options, "--workdir", workdir, *flags])])
+    train_command.train_run(parsed, device.placement())
 
 
-def test_training_starts_from_it(scripts, imported, tmp_path):
-    train_on(scripts, tmp_path / "run", "--init-from", imported, "--learning-rate", 1e-12)
+def test_training_starts_from_it(imported, tmp_path):
+    train_on(tmp_path / "run", "--init-from", imported, "--learning-rate", 1e-12)
     tuned, theirs = (runs.load(run, device.placement())[1].state for run in (tmp_path / "run", imported))
     assert (int(tuned.step), int(theirs.step)) == (2, 0)
     chex.assert_trees_all_close(tuned.params, theirs.params, atol=1e-6)
 
 
-def test_training_does_not_overwrite_it(scripts, make_import, weights, tmp_path):
+def test_training_does_not_overwrite_it(make_import, weights, tmp_path):
     make_import(tmp_path / "run", weights)
     with pytest.raises(InputError, match=r"another config \(.*train.init_from: theirs.pth -> None"):
-        train_on(scripts, tmp_path / "run")
+        train_on(tmp_path / "run")
     assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["0"]
 
 
@@ -125,9 +117,9 @@ def test_classes_are_those_given(make_import, tmp_path):
     np.testing.assert_array_equal(restored.state.params["logits"]["bias"], np.float32(state_dict["conv5.bias"]))
 
 
-def test_files_that_torch_saved(scripts, tmp_path):
+def test_files_that_torch_saved(tmp_path):
     torch = pytest.importorskip("torch")
-    path, read = tmp_path / "x.pth", scripts.import_torch.read_state_dict
+    path, read = tmp_path / "x.pth", import_torch.read_state_dict
     for saved in ({"a.weight": torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))}, {"a.weight": torch.ones(2)}):
         torch.save(saved, path)
         np.testing.assert_array_equal(read(path)["a.weight"], np.ones(2, np.float32))
@@ -205,7 +197,7 @@ def test_what_holds_no_or_many_state_dicts_is_refused(content, message):
         find_state_dict(content)
 
 
-def test_a_pickled_model_is_refused_in_a_whole_line(scripts, tmp_path, monkeypatch):
+def test_a_pickled_model_is_refused_in_a_whole_line(tmp_path, monkeypatch):
     def load(*args, **kwargs):
         raise RuntimeError(
             "Weights only load failed. This file can still be loaded, to do so you have two options, \x1b[1mdo those"
@@ -216,33 +208,23 @@ def test_a_pickled_model_is_refused_in_a_whole_line(scripts, tmp_path, monkeypat
     path = tmp_path / "x.pth"
     path.write_bytes(b"PK whatever")
     with pytest.raises(InputError) as error:
-        scripts.import_torch.read_state_dict(path)
+        import_torch.read_state_dict(path)
     assert "holds other objects than tensors (net.UNet)" in str(error.value)
     assert str(error.value).endswith("save the weights alone by torch.save(network.state_dict(), 'weights.pth')")
     assert "\x1b" not in str(error.value)
 
 
-def save_safetensors(path, arrays):
-    entries, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, (dtype, array) in arrays.items():
-        offsets = [len(data), len(data) + array.nbytes]
-        entries[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": offsets}
-        data += array.tobytes()
-    head = json.dumps(entries).encode()
-    path.write_bytes(len(head).to_bytes(8, "little") + head + data)
-
-
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
-def test_safetensors_are_read_whatever_their_name(scripts, tmp_path, capsys, name):
+def test_safetensors_are_read_whatever_their_name(tmp_path, capsys, name):
     values = np.array([[1.5, -2.0, 0.25]], np.float32)
     half = (values.view(np.uint32) >> 16).astype(np.uint16)
     arrays = {"a.cblock1.conv1.weight": ("F32", values), "a.b": ("BF16", half), "a.c": ("F16", values.astype("f2"))}
     save_safetensors(tmp_path / name, arrays)
-    found = scripts.import_torch.read_state_dict(tmp_path / name)
+    found = import_torch.read_state_dict(tmp_path / name)
     assert set(found) == {"cblock1.conv1.weight", "b", "c"}
     for array in found.values():
         np.testing.assert_array_equal(array, values)
     assert "names without their prefix 'a.'" in capsys.readouterr().out
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-5])
     with pytest.raises(InputError, match="is damaged"):
-        scripts.import_torch.read_state_dict(tmp_path / name)
+        import_torch.read_state_dict(tmp_path / name)

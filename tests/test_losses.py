@@ -196,9 +196,10 @@ def test_loss_terms():
     ],
 )
 def test_a_text_that_names_no_loss_is_refused_in_one_line(text, term):
-    for parse in (loss_terms, make_loss):
+    for parse, name in ((loss_terms, "--loss"), (make_loss, "loss")):  # of a flag, and of a Python function
         with pytest.raises(InputError) as error:
             parse(text)
+        assert str(error.value).startswith(f"{name} has ")
         assert f"the term {term!r}: write cross_entropy, log_dice, soft_dice" in str(error.value)
         assert "\n" not in str(error.value)
 

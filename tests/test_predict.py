@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from unet_jax import checkpoint, device, predict, runs, train
+from unet_jax.commands import predict as script
 from unet_jax.config import DataConfig, ModelConfig, default_config, to_dict
 from unet_jax.data import pictures
 from unet_jax.data.pictures import read_picture
@@ -131,7 +132,7 @@ def test_tile_mode_shows_pictures_at_the_scale_of_training(run, small_tiles):
     assert (labels != predictor(image, "tile")).any()
 
 
-def test_tile_mode_says_at_which_scale(script):
+def test_tile_mode_says_at_which_scale():
     assert "at the scale of training, 0.50 of their height and 0.25 of their width" in script.scale_line((0.5, 0.25))
     assert "does not say at which scale" in script.scale_line(None)
 
@@ -179,7 +180,7 @@ def test_tta_is_the_mean_over_the_picture_and_its_mirror_image(predictor):
     np.testing.assert_allclose(predictor(image, tta="horizontal", probabilities=True), expected, atol=1e-6)
 
 
-def test_a_bare_tta_flag_is_horizontal(script):
+def test_a_bare_tta_flag_is_horizontal():
     for given, meant in (
         (["run", "x.png", "--tta", "--out", "o"], ["run", "x.png", "--tta", "horizontal", "--out", "o"]),
         (["run", "--tta", "x.png"], ["run", "--tta", "horizontal", "x.png"]),
@@ -316,7 +317,7 @@ def test_command(run, tmp_path):
             assert overlay.size == (60, 40)
 
 
-def test_command_refuses(run, tmp_path, script, monkeypatch):
+def test_command_refuses(run, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "set_up", lambda folder: None)  # the tests have their own
     (tmp_path / "empty").mkdir()
     Image.fromarray(picture(8, 8)).save(tmp_path / "x.png")
@@ -334,7 +335,7 @@ def test_command_refuses(run, tmp_path, script, monkeypatch):
     assert script.main(script.Options(run, (str(tmp_path / "bad.png"),), tmp_path / "out")) == 2
 
 
-def test_what_a_folder_holds_besides_is_told(tmp_path, script, capsys):
+def test_what_a_folder_holds_besides_is_told(tmp_path, capsys):
     for name in ("a.png", "b.heic", "c.HEIC", "d.jp2", "e"):
         Image.fromarray(picture(8, 8)).save(tmp_path / name, "PNG")
     (tmp_path / "more").mkdir()
@@ -346,7 +347,7 @@ def test_what_a_folder_holds_besides_is_told(tmp_path, script, capsys):
 
 
 @pytest.mark.parametrize(("of_run", "given", "expected"), [(4095, None, 255), (65535, 4095, 255), (65535, None, 15)])
-def test_16_bits_are_read_as_the_run_read_them(tmp_path, script, capsys, predictor, of_run, given, expected):
+def test_16_bits_are_read_as_the_run_read_them(tmp_path, capsys, predictor, of_run, given, expected):
     Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "a.png")
     data = dataclasses.replace(predictor.config.data, white=of_run)
     same = dataclasses.replace(predictor, config=dataclasses.replace(predictor.config, data=data))
@@ -356,7 +357,7 @@ def test_16_bits_are_read_as_the_run_read_them(tmp_path, script, capsys, predict
     assert ("--white 4095 suits them" in capsys.readouterr().err) == (expected == 15)
 
 
-def test_names_are_each_their_own(script):
+def test_names_are_each_their_own():
     paths = [Path(p) for p in ("/a/x.png", "/b/X.png", "/a/x.jpg", "/a/y.png", "/c/a-x.png")]
     assert script.name_outputs(paths) == ["a-x", "b-X", "a-x-2", "y", "a-x-3"]
     long = script.name_outputs([Path("ä" * 120 + ".png"), Path("ä" * 121 + ".png")])
@@ -364,7 +365,7 @@ def test_names_are_each_their_own(script):
 
 
 @pytest.mark.parametrize("kind", ["mask.png", "overlay.png", "probabilities.npz"])
-def test_what_is_cut_off_leaves_the_file_before(tmp_path, script, monkeypatch, kind):
+def test_what_is_cut_off_leaves_the_file_before(tmp_path, monkeypatch, kind):
     path = tmp_path / f"x_{kind}"
     path.write_text("before")
 
@@ -387,13 +388,3 @@ def test_what_is_cut_off_leaves_the_file_before(tmp_path, script, monkeypatch, k
         script.write("x", picture(8, 8), np.zeros((8, 8, 3), np.float32), options, DataConfig())
     assert path.read_text() == "before"
     assert not list(tmp_path.glob(".*"))
-
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        import predict as module
-    finally:
-        sys.path.pop(0)
-    return module

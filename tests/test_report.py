@@ -10,9 +10,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import ablation
-import report
-import run
 
+from unet_jax.commands import report
+from unet_jax.commands.train import parse
 from unet_jax.config import default_config, to_dict
 from unet_jax.errors import InputError
 
@@ -69,9 +69,15 @@ def test_a_run_with_validation_counts_by_its_summary(tmp_path):
     assert "| 0.2500 | - | 0.5000 |" in row  # no best test loss: it was looked at once
 
 
+def test_a_run_without_a_finished_epoch_is_refused_as_such(tmp_path):
+    folder = make_run(tmp_path / "run", 0, [])
+    with pytest.raises(InputError, match=r"run has no finished epoch$"):
+        report.read_run(folder)
+
+
 def test_ablation_settings_are_flags_of_run_py():
     configs = {
-        name: run.parse([*ablation.BASE.split(), *flags.split(), "--dataset", "synthetic"])[0].config
+        name: parse([*ablation.BASE.split(), *flags.split(), "--dataset", "synthetic"])[0].config
         for name, flags in ablation.SETTINGS.items()
     }
     assert all(config.data.validation_fraction == 0.2 for config in configs.values())

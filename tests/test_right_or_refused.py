@@ -1,13 +1,10 @@
 """What people report of trainers: each situation is done right or refused in a line, never wrong without a word."""
 
 import dataclasses
-import importlib
 import json
 import os
 import pwd
-import sys
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import chex
@@ -18,23 +15,17 @@ from PIL import Image
 
 from unet_jax import checkpoint, device, folders, plots, runs, train
 from unet_jax.augment import augment
+from unet_jax.commands import evaluate as evaluate_command
+from unet_jax.commands import predict as predict_command
+from unet_jax.commands import train as train_command
 from unet_jax.config import ModelConfig, RunConfig, default_config, differences, from_dict, to_dict
 from unet_jax.data import oxford_iiit_pet, pictures
-from unet_jax.data.datasets import sources
+from unet_jax.data.datasets import load_splits, sources
 from unet_jax.errors import InputError
+from unet_jax.start import start_from
 
 SMALL = ["--dataset", "synthetic", "--image-size", "16", "--widths", "4", "4", "--train-examples", "12"]
 SMALL += ["--test-examples", "5", "--batch-size", "8", "--epochs", "1"]
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """The modules of experiments/, by their file names."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-    try:
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in ("run", "evaluate", "predict")})
-    finally:
-        sys.path.pop(0)
 
 
 def make_folder(folder, count=10, names=None):
@@ -74,8 +65,8 @@ def save_run(folder, config):
     return folder
 
 
-def parse(scripts, *flags):
-    (options,) = scripts.run.parse([*map(str, flags)])
+def parse(*flags):
+    (options,) = train_command.parse([*map(str, flags)])
     return options
 
 
@@ -87,30 +78,30 @@ def parse(scripts, *flags):
         (("background", "pet", "border"), "in this order"),
     ],
 )
-def test_class_names_that_are_not_the_datas(scripts, tmp_path, names, message):
-    options = parse(scripts, *SMALL, "--class-names", *names)
+def test_class_names_that_are_not_the_datas(tmp_path, names, message):
+    options = parse(*SMALL, "--class-names", *names)
     with pytest.raises(InputError, match=message):
-        scripts.run.load_splits(options.config, str(tmp_path))
+        load_splits(options.config, str(tmp_path))
 
 
-def test_class_names_may_be_others_of_the_same_number(scripts, tmp_path):
-    options = parse(scripts, *SMALL, "--class-names", "Tier", "Grund", "Rand")
-    assert len(scripts.run.load_splits(options.config, str(tmp_path))["train"].names) == 12
+def test_class_names_may_be_others_of_the_same_number(tmp_path):
+    options = parse(*SMALL, "--class-names", "Tier", "Grund", "Rand")
+    assert len(load_splits(options.config, str(tmp_path))["train"].names) == 12
 
 
 @pytest.mark.parametrize("size", [9, 12, 16, 64])
-def test_a_batch_size_given_by_hand_is_kept_or_refused(scripts, folder, tmp_path, size):
-    options = parse(scripts, "--dataset", "folder", "--data-dir", folder, "--batch-size", size, "--image-size", 16)
+def test_a_batch_size_given_by_hand_is_kept_or_refused(folder, tmp_path, size):
+    options = parse("--dataset", "folder", "--data-dir", folder, "--batch-size", size, "--image-size", 16)
     assert options.config.train.batch_size == size
     with pytest.raises(InputError, match=f"--batch-size {size} is larger than the 8 training pictures"):
-        scripts.run.load_splits(options.config, str(tmp_path))
+        load_splits(options.config, str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("flags", "size"), [((), 8), (("--train-examples", 5), 5), (("--validation-fraction", 0.5), 4)]
 )
-def test_a_batch_size_that_nobody_gave_fits(scripts, folder, flags, size):
-    options = parse(scripts, "--dataset", "folder", "--data-dir", folder, "--image-size", 16, *flags)
+def test_a_batch_size_that_nobody_gave_fits(folder, flags, size):
+    options = parse("--dataset", "folder", "--data-dir", folder, "--image-size", 16, *flags)
     assert options.config.train.batch_size == size
 
 
@@ -134,30 +125,38 @@ def test_a_run_is_float32_where_jax_is_float64(tmp_path):
         assert dtypes(change) == {"float32", "uint8"}
 
 
-def test_a_run_knows_the_scale_of_its_pictures(scripts, folder, tmp_path):
+def test_a_run_knows_the_scale_of_its_pictures(folder, tmp_path):
     flags = ["--dataset", "folder", "--data-dir", folder, "--image-size", 16, "--widths", 4, 4, "--epochs", 1]
-    options = parse(scripts, *flags, "--workdir", tmp_path / "run", "--cache-dir", tmp_path / "cache")
-    scripts.run.train_run(options, device.placement())
+    options = parse(*flags, "--workdir", tmp_path / "run", "--cache-dir", tmp_path / "cache")
+    train_command.train_run(options, device.placement())
     assert runs.read_config(tmp_path / "run").data.scale == (16 / 24, 16 / 32)
     # A cache of an older version, which does not say, is made again.
     (meta,) = (tmp_path / "cache").glob("folder-train-*/meta.json")
     text = meta.read_text()
     meta.write_text(json.dumps({name: value for name, value in json.loads(text).items() if name != "scale"}))
-    assert scripts.run.load_splits(options.config, str(tmp_path / "cache"))["train"].scale == (16 / 24, 16 / 32)
+    assert load_splits(options.config, str(tmp_path / "cache"))["train"].scale == (16 / 24, 16 / 32)
     assert json.loads(meta.read_text()) == json.loads(text)
 
 
-def test_a_run_without_a_scale_goes_on(scripts):
+def test_a_run_without_a_scale_goes_on():
     old = to_dict(tiny_config())
     del old["data"]["scale"]
     assert differences(from_dict(old), tiny_config(scale=(0.5, 0.5))) == []
 
 
-def test_fine_tuning_to_other_classes_takes_all_but_the_last_layer(scripts, tmp_path, capsys):
+def test_bad_input_is_a_value_error_and_tells_what_it_is_of(tmp_path):
+    for text, message in (('{"format_version": 9}', "json: the config has format version 9"), ("{", "cannot be read")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            runs.read_config(tmp_path)
+        assert isinstance(error.value, InputError)
+
+
+def test_fine_tuning_to_other_classes_takes_all_but_the_last_layer(tmp_path, capsys):
     other = save_run(tmp_path / "other", tiny_config())
     config = tiny_config(class_names=("cat", "dog"))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(other), seed=1))
-    params = scripts.run.start_from(config, device.placement()).state.params
+    params = start_from(config, device.placement()).state.params
     assert f"the last layer starts anew: {other} has other classes (pet, background, border)" in capsys.readouterr().out
     theirs = runs.load(other, device.placement())[1].state.params
     chex.assert_trees_all_equal({**params, "logits": 0}, {**theirs, "logits": 0})
@@ -165,70 +164,69 @@ def test_fine_tuning_to_other_classes_takes_all_but_the_last_layer(scripts, tmp_
     assert params["logits"]["bias"].shape == (2,)
     # Classes of other names are other classes, though as many.
     renamed = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=("a", "b", "c")))
-    params = scripts.run.start_from(renamed, device.placement()).state.params
+    params = start_from(renamed, device.placement()).state.params
     assert (params["logits"]["bias"] != theirs["logits"]["bias"]).all()
 
 
-def test_fine_tuning_another_network_is_refused_by_what_differs(scripts, tmp_path):
+def test_fine_tuning_another_network_is_refused_by_what_differs(tmp_path):
     other = save_run(tmp_path / "other", tiny_config())
     config = tiny_config("strconv_tr_ce")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(other)))
     message = "is a run of another network: downsampling max_pool instead of strided_conv$"
     with pytest.raises(InputError, match=message):
-        scripts.run.start_from(config, device.placement())
+        start_from(config, device.placement())
 
 
-def test_fewer_epochs_than_are_done_are_told_as_they_are(scripts, tmp_path, capsys):
+def test_fewer_epochs_than_are_done_are_told_as_they_are(tmp_path, capsys):
     run = save_run(tmp_path / "run", tiny_config())
     runs.write_json(run / "summary.json", {"epochs": 2})
     config = tiny_config()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1))
-    scripts.run.train_run(scripts.run.Options(config, str(run)), device.placement())
+    train_command.train_run(train_command.Options(config, str(run)), device.placement())
     assert "has its 2 epochs already" in capsys.readouterr().out
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_the_flag(scripts, tmp_path):
+def test_a_cache_that_cannot_be_written_is_told_with_the_flag(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written .*: give another --cache-dir"):
-        scripts.run.load_splits(parse(scripts, *SMALL).config, str(tmp_path / "file"))
+        load_splits(parse(*SMALL).config, str(tmp_path / "file"))
 
 
-def test_brackets_in_a_name_are_found(scripts, tmp_path):
+def test_brackets_in_a_name_are_found(tmp_path):
     folder = tmp_path / "br [2024] pets"
     folder.mkdir()
     for name in ("a.jpg", "b.jpg"):
         (folder / name).write_bytes(b"")
-    assert scripts.predict.find([f"{folder}/*.jpg"]) == ([folder / "a.jpg", folder / "b.jpg"], [])
-    assert scripts.predict.find([str(tmp_path / "b[rx] ?2024] pets" / "[ab].jpg")])[0] == [
+    assert predict_command.find([f"{folder}/*.jpg"]) == ([folder / "a.jpg", folder / "b.jpg"], [])
+    assert predict_command.find([str(tmp_path / "b[rx] ?2024] pets" / "[ab].jpg")])[0] == [
         folder / "a.jpg",
         folder / "b.jpg",
     ]
 
 
-def test_a_larger_picture_is_taken_where_its_size_is_allowed(scripts, tmp_path, monkeypatch, capsys):
+def test_a_larger_picture_is_taken_where_its_size_is_allowed(tmp_path, monkeypatch, capsys):
     for module, name in ((pictures, "MAX_PIXELS"), (Image, "MAX_IMAGE_PIXELS")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
     monkeypatch.setattr(device, "set_up", lambda folder: None)
     run = save_run(tmp_path / "run", tiny_config())
     Image.new("RGB", (50, 40)).save(tmp_path / "x.png")
-    options = scripts.predict.Options(run, (str(tmp_path / "x.png"),), tmp_path / "out", mode="tile")
-    assert scripts.predict.main(dataclasses.replace(options, max_megapixels=0.001)) == 2
-    assert "40 pixels, the limit is 0 million (--max-megapixels of predict.py)" in capsys.readouterr().err
-    assert scripts.predict.main(dataclasses.replace(options, max_megapixels=0.002)) == 0
+    options = predict_command.Options(run, (str(tmp_path / "x.png"),), tmp_path / "out", mode="tile")
+    assert predict_command.main(dataclasses.replace(options, max_megapixels=0.001)) == 2
+    assert "40 pixels, the limit is 0 million (--max-megapixels of predict)" in capsys.readouterr().err
+    assert predict_command.main(dataclasses.replace(options, max_megapixels=0.002)) == 0
     with Image.open(tmp_path / "out" / "x_mask.png") as mask:
         assert mask.size == (50, 40)
 
 
-def test_stems_that_are_not_utf_8_and_have_dollars_train_and_predict(scripts, tmp_path, monkeypatch):
+def test_stems_that_are_not_utf_8_and_have_dollars_train_and_predict(tmp_path, monkeypatch):
     names = [os.fsdecode(b"caf\xe9 %d $x$" % i) for i in range(10)]
     data = make_folder(tmp_path / "d", names=names)
     (data / "classes.json").write_text('{"names": ["$a$", "_b"]}')
     flags = ["--dataset", "folder", "--data-dir", data, "--image-size", 16, "--widths", 4, 4, "--epochs", 1]
-    options = parse(scripts, *flags, "--workdir", tmp_path / "run", "--cache-dir", tmp_path / "cache")
-    scripts.run.train_run(options, device.placement())
+    options = parse(*flags, "--workdir", tmp_path / "run", "--cache-dir", tmp_path / "cache")
+    train_command.train_run(options, device.placement())
     monkeypatch.setattr(device, "set_up", lambda folder: None)
-    evaluate = scripts.evaluate
-    evaluate.evaluate_run(evaluate.Options(tmp_path / "run", cache_dir=str(tmp_path / "cache")))
+    evaluate_command.evaluate_run(evaluate_command.Options(tmp_path / "run", cache_dir=str(tmp_path / "cache")))
     assert b"caf\xe9 " in (tmp_path / "run" / "evaluation-test" / "scores.csv").read_bytes()
     assert (tmp_path / "run" / "evaluation-test" / "pictures.png").exists()
     listed = "".join(f"{name}\n" for name in names[:3])
@@ -256,22 +254,22 @@ def test_without_a_home_a_temporary_folder_stands_in(tmp_path, monkeypatch, caps
         folders.home.cache_clear()
 
 
-def test_the_colours_of_classes_json_are_the_runs(scripts, tmp_path):
+def test_the_colours_of_classes_json_are_the_runs(tmp_path):
     data = make_folder(tmp_path / "d")
     for path in (data / "masks").iterdir():
         mask = np.asarray(Image.open(path))
         Image.fromarray(np.array([[9, 8, 7], [0, 255, 0]], np.uint8)[mask]).save(path)
     (data / "classes.json").write_text('{"names": ["ground", "square"], "colours": [[9, 8, 7], [0, 255, 0]]}')
     flags = ("--dataset", "folder", "--data-dir", data, "--image-size", 16)
-    assert parse(scripts, *flags).config.data.class_colours == ("#090807", "#00ff00")
-    own = parse(scripts, *flags, "--class-colours", "#111111", "#222222").config
+    assert parse(*flags).config.data.class_colours == ("#090807", "#00ff00")
+    own = parse(*flags, "--class-colours", "#111111", "#222222").config
     assert own.data.class_colours == ("#111111", "#222222")
     for colours in (["#111111"], ["red", "green"]):
         with pytest.raises(InputError, match="--class-colours are"):
-            parse(scripts, *flags, "--class-colours", *colours)
+            parse(*flags, "--class-colours", *colours)
 
 
-def test_a_picture_in_which_nothing_counts_ranks_among_nobodys_worst(scripts, tmp_path, monkeypatch):
+def test_a_picture_in_which_nothing_counts_ranks_among_nobodys_worst(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "results_figure", lambda *args: drawn.append(args) or SimpleNamespace(savefig=id))
     confusion = np.zeros((3, 2, 2), int)
@@ -279,5 +277,5 @@ def test_a_picture_in_which_nothing_counts_ranks_among_nobodys_worst(scripts, tm
     split = SimpleNamespace(images=np.zeros((3, 4, 4, 3)), labels=np.zeros((3, 4, 4)), names=["a", "void", "c"])
     steps = SimpleNamespace(predict=lambda state, images: images)
     data = SimpleNamespace(class_names=("x", "y"), class_colours=())
-    scripts.evaluate.draw_extremes(steps, None, split, confusion, data, tmp_path, "t")
+    evaluate_command.draw_extremes(steps, None, split, confusion, data, tmp_path, "t")
     assert drawn[0][5] == ["c\nmean IoU 1.000", "a\nmean IoU 0.333"]

@@ -1,5 +1,6 @@
 """The experiments as users run them: whole commands on small synthetic pets, killed, resumed, refused, evaluated."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import chex
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+from test_from_pytorch import make_state_dict, save_safetensors
 
 from unet_jax import device, runs
 from unet_jax.config import PUBLISHED, VARIANTS
@@ -32,11 +35,15 @@ def command(home: Path, script: str, *flags: object) -> tuple[list[str], dict[st
     env.pop("TFDS_DATA_DIR", None)
     # Nothing listens there: the download is refused at once instead of being tried.
     env.update(dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"))
-    return [sys.executable, str(ROOT / "experiments" / script), *map(str, flags)], env
+    start = [str(ROOT / "experiments" / script)] if script.endswith(".py") else ["-m", "unet_jax", script]
+    return [sys.executable, *start, *map(str, flags)], env
 
 
 def execute(home: Path, script: str, *flags: object, status: int = 0) -> str:
-    """Runs it; its output, after checking the exit status and that a refusal is one line and no traceback."""
+    """The output of a script, or of a command by its name.
+
+    Checked: the exit status, and that a refusal is one line and no traceback.
+    """
     args, env = command(home, script, *flags)
     done = subprocess.run(args, env=env, cwd=home, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == status, done.stdout + done.stderr
@@ -95,6 +102,28 @@ def test_finished_run_is_left_alone_and_more_epochs_go_on(home, finished):
     execute(home, "run.py", *more, "--workdir", whole)
     assert "going on from step 4, 2 epochs are done" in execute(home, "run.py", *more, "--workdir", run)
     chex.assert_trees_all_equal(state_of(run), state_of(whole))
+
+
+def test_every_command_by_its_name(home):
+    """As `unet-jax NAME`, from training to what is made of a run."""
+    output = execute(home, "train", "--variant", "mp_tr_dice", *SMALL[:-1], 1, "--workdir", "named")
+    assert "files in named" in output
+    environment = json.loads((home / "named" / "environment.json").read_text())
+    assert environment["command"][:3] == ["unet-jax", "train", "--variant"]
+    assert "test loss" in execute(home, "evaluate", "named")
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(home / "photo.png")
+    assert "1 pictures in" in execute(home, "predict", "named", "photo.png", "--out", "masks", "--tta")
+    assert {p.name for p in (home / "masks").iterdir()} == {"photo_mask.png", "photo_overlay.png"}
+    assert "x.png: there is no such file" in execute(home, "predict", "named", "x.png", "--out", "masks", status=2)
+    assert "| mp_tr_dice | synthetic | 16 |" in execute(home, "report", "named", "--out", "reported")
+    assert (home / "reported" / "report.png").exists()
+    assert "no run folders are given" in execute(home, "report", "photo.png", status=2)
+    if importlib.util.find_spec("flatbuffers"):
+        assert "uint8 [" in execute(home, "export", "named", "--out", "model")
+    flags = ["--variant", "strconv_tr_ce", "--out", "theirs", "--widths", 4, 6, "--image-size", 16]
+    weights = make_state_dict("strided_conv", widths=(4, 6))
+    save_safetensors(home / "x.safetensors", {n: ("F32", a.astype(np.float32)) for n, a in weights.items()})
+    assert "theirs: strconv_tr_ce with the weights of" in execute(home, "import-torch", "x.safetensors", *flags)
 
 
 def test_a_killed_run_goes_on_exactly(home):

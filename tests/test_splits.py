@@ -1,7 +1,6 @@
 """Which pictures a run is trained and tested on: lists, names, folders, and runs that go on or are evaluated."""
 
 import csv
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_folder import config, labels, load, save
-from test_run import ROOT, records
+from test_run import records
 
 from unet_jax import device, runs
+from unet_jax.commands import evaluate as evaluate_command
+from unet_jax.commands import train as train_command
 from unet_jax.data.batches import validation_rows
 from unet_jax.data.folder import complete, sources
 from unet_jax.errors import InputError
@@ -147,20 +148,17 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "set_up", lambda folder: None)  # the tests have their own
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     write_lists(fill(tmp_path / "data"), train="p0 p1 p2 p3", val="p4", test="p5 p6 p7")
     return tmp_path
 
 
 def train(*flags: object) -> None:
-    run = importlib.import_module("run")
     flags = ("--dataset", "folder", "--image-size", "16", "--widths", "4", "4", "--cache-dir", "cache", *flags)
-    run.train_runs(run.parse([str(flag) for flag in flags]))
+    train_command.train_runs(train_command.parse([str(flag) for flag in flags]))
 
 
 def evaluate(run: str, **options) -> dict:
-    module = importlib.import_module("evaluate")
-    module.evaluate_run(module.Options(Path(run), cache_dir="cache", out=Path("out"), **options))
+    evaluate_command.evaluate_run(evaluate_command.Options(Path(run), cache_dir="cache", out=Path("out"), **options))
     with Path("out/scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     result = json.loads(Path("out/evaluation.json").read_text())

@@ -304,8 +304,17 @@ def test_importing_the_package_changes_nothing_of_the_process():
     code = """
 import logging, pkgutil, sys, importlib
 hook = sys.unraisablehook
-import unet_jax.model, unet_jax.losses
+import unet_jax
+assert not {"jax", "numpy", "tyro"} & set(sys.modules), "the package imports much"
+from unet_jax import UNet, cross_entropy, make_loss
 assert not {"PIL", "matplotlib", "orbax", "tensorflow_datasets"} & set(sys.modules), "the model imports much"
+assert UNet().layers.__name__ == "unet_jax.layers"
+try:
+    unet_jax.Unet
+except AttributeError as error:
+    assert "no attribute 'Unet'" in str(error)
+else:
+    raise AssertionError("there is no such name")
 import absl.logging, asyncio, jax, orbax.checkpoint, tensorflow_datasets, matplotlib.pyplot
 levels = lambda: {name: logging.getLogger(name).level for name in sorted(logging.root.manager.loggerDict)}
 before = levels(), absl.logging.get_verbosity()
@@ -315,6 +324,7 @@ for module in pkgutil.walk_packages(unet_jax.__path__, "unet_jax."):
 assert sys.unraisablehook is hook
 after = levels()
 assert {name: after[name] for name in before[0]} == before[0] and absl.logging.get_verbosity() == before[1]
+assert all(getattr(unet_jax, name) for name in unet_jax.__all__) and set(unet_jax.__all__) <= set(dir(unet_jax))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

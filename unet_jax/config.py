@@ -1,4 +1,4 @@
-"""Every choice of a run as frozen dataclasses, to and from JSON. The flags of experiments/run.py are these fields."""
+"""Every choice of a run as frozen dataclasses, to and from JSON. The flags of `unet-jax train` are these fields."""
 
 import dataclasses
 import difflib
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import dacite
 
 from unet_jax.errors import InputError
+from unet_jax.published import TEST_LOSSES
 
 FORMAT_VERSION = 1  # of config.json
 SYNTHETIC_EXAMPLES = {"train": 400, "test": 100}  # the default: there is no end of them
@@ -29,27 +30,26 @@ Meaning = Literal["class", "ignored"]
 
 
 class Variant(NamedTuple):
-    """A recipe: what sets it apart, and where it is a published run its best published test loss."""
+    """A recipe: what sets it apart."""
 
     downsampling: Downsampling
     upsampling: Upsampling
     loss: str
     batch_size: int
-    published_test_loss: float | None
     train: Mapping[str, Any] = MappingProxyType({})  # other fields of TrainConfig
 
 
 VARIANTS = {
-    "mp_tr_ce": Variant("max_pool", "transposed_conv", "cross_entropy", 64, 0.5283),
-    "mp_tr_dice": Variant("max_pool", "transposed_conv", "log_dice", 128, 0.0909),
-    "strconv_tr_ce": Variant("strided_conv", "transposed_conv", "cross_entropy", 64, 0.2871),
-    "strconv_ups_dice": Variant("strided_conv", "resize", "log_dice", 32, 0.0642),
+    "mp_tr_ce": Variant("max_pool", "transposed_conv", "cross_entropy", 64),
+    "mp_tr_dice": Variant("max_pool", "transposed_conv", "log_dice", 128),
+    "strconv_tr_ce": Variant("strided_conv", "transposed_conv", "cross_entropy", 64),
+    "strconv_ups_dice": Variant("strided_conv", "resize", "log_dice", 32),
     "best": Variant(
-        "max_pool", "transposed_conv", "cross_entropy+soft_dice", 32, None,
+        "max_pool", "transposed_conv", "cross_entropy+soft_dice", 32,
         train={"epochs": 60, "ema": 0.998, "augment": "strong"},
     ),
 }  # fmt: skip
-PUBLISHED = tuple(name for name, row in VARIANTS.items() if row.published_test_loss)
+PUBLISHED = tuple(TEST_LOSSES)  # those of the reproduced work
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -13,16 +14,26 @@ STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 SIGPIPE_STATUS = 128 + 13
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Bad input. Its message is one line for the user: what is wrong, and what to do about it."""
 
 
 @contextlib.contextmanager
+def names_for_flags() -> Iterator[None]:
+    """Has an InputError speak to who calls from Python: of batch_size where the command's user reads --batch-size."""
+    try:
+        yield
+    except InputError as error:
+        text = re.sub(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)", lambda flag: flag[1].replace("-", "_"), str(error))
+        raise InputError(text) from None
+
+
+@contextlib.contextmanager
 def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
-    """Turns an InputError (or a full disk) into one line on stderr and exit status 2, for the experiments' `main`.
+    """Turns an InputError (or a full disk) into one line on stderr and exit status 2, for a command.
 
     `interrupted` is what Ctrl-C prints (signals.ending_at_once). Output that nobody reads any more, as of
-    `run.py | head -1`, ends the process with SIGPIPE's status.
+    `unet-jax train | head -1`, ends the process with SIGPIPE's status.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names may have bytes that are no characters

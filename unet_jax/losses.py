@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from unet_jax.config import IGNORE_LABEL, loss_terms
+from unet_jax.errors import names_for_flags
 
 Loss = Callable[[Array, ArrayLike, ArrayLike | None], Array]
 
@@ -101,6 +102,7 @@ def soft_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "log_dice": log_dice, "soft_dice": soft_dice}
 
 
+@names_for_flags()
 def make_loss(text: str, class_weights: Sequence[float] = ()) -> Loss:
     """The loss that a text such as "cross_entropy+0.5*soft_dice" names (config.loss_terms), as one function.
 

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,3 +113,14 @@ def _or_none(value: Any) -> float | None:
 def shown(value: float | None) -> str:
     """A score to four places, or "-" where there is none."""
     return "-" if value is None else f"{value:.4f}"
+
+
+def held_out(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """("test" or "validation", that part's metrics by name: loss, mean_iou, iou, ...) of a line of metrics.jsonl.
+
+    Without either part the metrics have no loss, mean_iou and iou.
+    """
+    part = "validation" if "validation_loss" in record else "test"
+    prefix = "validation_" if part == "validation" else ""
+    metrics = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+    return part, metrics | ({"loss": record[f"{part}_loss"]} if f"{part}_loss" in record else {})

@@ -7,22 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from unet_jax.metrics import held_out
+
 if TYPE_CHECKING:  # matplotlib takes a second to import: only who draws waits for it
     from matplotlib.figure import Figure
 
 # Distinct for the colour-blind too (Okabe and Ito), the pets' own order first: animal, ground, outline.
 COLOURS = ("#e69f00", "#24476b", "#f5f5f0", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-
-
-def held_out(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """("test" or "validation", that part's metrics by name: loss, mean_iou, iou, ...) of a line of metrics.jsonl.
-
-    Without either part the metrics have no loss, mean_iou and iou.
-    """
-    part = "validation" if "validation_loss" in record else "test"
-    prefix = "validation_" if part == "validation" else ""
-    metrics = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
-    return part, metrics | ({"loss": record[f"{part}_loss"]} if f"{part}_loss" in record else {})
 
 
 def palette(classes: int, colours: Sequence[str] = ()) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Processes that make a run, one or many: how one joins, is quiet, notices that it is to stop, and leaves."""
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ from unet_jax.errors import InputError
 SIGTERM_STATUS = 128 + signal.SIGTERM
 
 
+@functools.cache
 def quiet() -> None:
     """Has a process of ours leave out what orbax tells of each step, and of what it abandoned where one read failed."""
     absl.logging.set_verbosity(absl.logging.FATAL)

@@ -149,10 +149,10 @@ def read_config(folder: Path) -> RunConfig:
         return from_dict(json.loads((folder / "config.json").read_text()))
     except FileNotFoundError:
         raise InputError(f"{folder} is no run folder: it has no config.json") from None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{folder}/config.json cannot be read ({error})") from None
     except InputError as error:
         raise InputError(f"{folder}/config.json: {error}") from None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{folder}/config.json cannot be read ({error})") from None
 
 
 def load(folder: Path, placement: Placement, config: RunConfig | None = None) -> tuple[RunConfig, Restored]:

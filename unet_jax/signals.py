@@ -49,9 +49,15 @@ def _wait(read: int, line: str) -> None:
 
 @contextlib.contextmanager
 def noticing() -> Iterator[list[int]]:
-    """A list to which SIGTERM, and within `ending_at_once` the first Ctrl-C, is added instead of ending the process."""
+    """A list to which SIGTERM, and within `ending_at_once` the first Ctrl-C, is added instead of ending the process.
+
+    In a thread other than the main one nothing is noticed: Python lets no other have handlers.
+    """
     global _noticed
     noticed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noticed
+        return
     before = signal.signal(signal.SIGTERM, lambda number, _: noticed.append(number))
     _noticed = noticed
     try:

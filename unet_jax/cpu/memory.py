@@ -1,6 +1,7 @@
 """What a process keeps of its memory."""
 
 import ctypes
+import functools
 import sys
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """Lets a process keep the memory of a step on the CPU for the next one, where its C library is glibc.
 

@@ -114,3 +114,16 @@ class Loader:
         rows, sharding = self.rows[places], self.placement.batch
         images, labels = (_place(a, rows, sharding) for a in (self.split.images, self.split.labels))
         return Batch(images, labels, _place(weights, np.arange(len(weights)), sharding))
+
+
+class Parts(NamedTuple):
+    """The pictures of a run: those trained on, those kept from them for validation, and those of the test split."""
+
+    train: Loader
+    validation: Loader | None
+    test: Loader | None
+
+    @property
+    def held_out(self) -> Loader | None:
+        """What each epoch evaluates: the validation part, or where there is none the test split."""
+        return self.validation or self.test

@@ -4,10 +4,19 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from unet_jax.config import FOLDER_BATCH_SIZE, SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig
+from unet_jax.config import (
+    FOLDER_BATCH_SIZE,
+    SYNTHETIC_EXAMPLES,
+    DataConfig,
+    DatasetName,
+    RunConfig,
+    check_classes_of_data,
+)
 from unet_jax.data import folder, oxford_iiit_pet, synthetic
+from unet_jax.data.cache import Split, load_split
 from unet_jax.data.source import Source
 from unet_jax.errors import InputError
+from unet_jax.folders import default_cache_dir
 
 
 def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple[DatasetName, str | None]:
@@ -80,6 +89,27 @@ def sources(config: DataConfig, seed: int) -> dict[str, Source]:
     if not oxford_iiit_pet.is_prepared(data_dir):
         oxford_iiit_pet.prepare(data_dir)
     return {split: oxford_iiit_pet.source(data_dir, split) for split in ("train", "test")}
+
+
+def load_splits(config: RunConfig, cache_dir: str | Path | None = None) -> dict[str, Split]:
+    """The splits of a complete config that have pictures, as cached arrays, after the checks that need sizes alone.
+
+    Raises:
+      InputError: they cannot be read, have other classes, or are fewer than a batch.
+    """
+    data = config.data
+    counts = {"train": data.train_examples, "test": data.test_examples}
+    found = sources(data, config.train.seed)
+    check_classes_of_data(data.class_names, found["train"].class_names, data.dataset)
+    available = training_pictures(data, found["train"].size)
+    if config.train.batch_size > available:
+        raise InputError(f"--batch-size {config.train.batch_size} is larger than the {available} training pictures")
+    cache = Path(cache_dir) if cache_dir else default_cache_dir()
+    if not found["test"].size:
+        print("there are no pictures to test on: all are trained on, but for what is kept for validation")
+    return {
+        name: load_split(source, data.image_size, counts[name], cache) for name, source in found.items() if source.size
+    }
 
 
 def whole(parts: Mapping[str, Source]) -> Source:

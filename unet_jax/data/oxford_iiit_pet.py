@@ -138,6 +138,8 @@ def _splits(data_dir: Path) -> dict[str, tuple[int, list[Path]]] | None:
             splits[entry["name"]] = sum(lengths), [folder / template.format(**fields, SHARD_X_OF_Y=x) for x in of]
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'dataset_info.json'} is damaged: remove its folder, prepare again") from error
     for shard in (shard for _, shards in splits.values() for shard in shards):

@@ -70,7 +70,7 @@ def decode(path: Path) -> Pixels:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(
                     f"has {image.width}x{image.height} pixels, the limit is {MAX_PIXELS / 1e6:.0f} million"
-                    " (--max-megapixels of predict.py)"
+                    " (--max-megapixels of predict)"
                 )
             one_of_one(image)
             cut = image.format in ("PNG", "TIFF") and image.mode in COLOUR_MODES and ";16" in str(image.tile)

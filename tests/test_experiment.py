@@ -1,0 +1,138 @@
+"""A run from Python: trained, left alone when done, gone on with, and refused in Python's names."""
+
+import dataclasses
+import json
+import signal
+import textwrap
+import threading
+from pathlib import Path
+
+import chex
+import numpy as np
+import pytest
+from PIL import Image
+
+import unet_jax
+from unet_jax import device, experiment, runs
+from unet_jax.config import ModelConfig, RunConfig, default_config
+from unet_jax.errors import InputError, names_for_flags
+from unet_jax.signals import noticing
+
+
+def small(epochs: int, **train) -> RunConfig:
+    config = default_config("mp_tr_ce", "synthetic")
+    data = dataclasses.replace(config.data, image_size=16, train_examples=12, test_examples=5)
+    train = dataclasses.replace(config.train, batch_size=8, epochs=epochs, **train)
+    return dataclasses.replace(config, data=data, train=train, model=ModelConfig(widths=(4, 4)))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`unet_jax.run` into tmp_path/run, with the cache and JAX as the tests have them."""
+    monkeypatch.setattr(device, "set_up", lambda folder: None)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    return lambda config, name="run", **options: unet_jax.run(
+        config, tmp_path / name, cache_dir=tmp_path / "cache", **options
+    )
+
+
+def state_of(folder: Path):
+    return runs.load(folder, device.placement())[1].state
+
+
+def test_a_run_from_python_trains_goes_on_and_predicts(run, capsys):
+    folder = run(small(1))
+    assert {"config.json", "metrics.jsonl", "summary.json", "results.png"} <= {path.name for path in folder.iterdir()}
+    before = (folder / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run(small(1)) == folder
+    assert "has its 1 epochs already" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+    run(small(2))
+    assert "going on from step 2, 1 epochs are done" in capsys.readouterr().out
+    chex.assert_trees_all_equal(state_of(folder), state_of(run(small(2), "whole")))
+    labels = unet_jax.load(folder)(np.zeros((20, 30, 3), np.uint8))
+    assert (labels.shape, labels.dtype) == ((20, 30), np.uint8)
+
+    run(small(1, seed=1), overwrite=True)
+    assert json.loads((folder / "config.json").read_text())["train"]["seed"] == 1
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_lines_of_the_docstring_run(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(unet_jax.config, "default_config", lambda variant, dataset: small(1))
+    Image.new("L", (30, 20)).save("photo.jpg")
+    lines = [line for line in unet_jax.__doc__.splitlines() if not line or line.startswith("    ")]
+    names: dict = {}
+    exec(textwrap.dedent("\n".join(lines)), names)
+    assert (names["mask"].shape, names["mask"].dtype) == ((20, 30), np.uint8)
+    np.testing.assert_array_equal(names["probabilities"].argmax(-1), names["mask"])
+    assert names["network"].layers.__name__ == "unet_jax.layers"
+    assert names["loss"] is unet_jax.losses.cross_entropy
+
+
+def test_sigterm_ends_it_with_a_checkpoint(run, monkeypatch):
+    step = experiment.Display.step
+
+    def stop_at_the_second(self, *args):
+        step(self, *args)
+        if self.clock.ticks == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Display, "step", stop_at_the_second)
+        with pytest.raises(SystemExit) as ended:
+            run(small(2), "stopped")
+    assert ended.value.code == 143
+    folder = run(small(2), "stopped")
+    chex.assert_trees_all_equal(state_of(folder), state_of(run(small(2))))
+
+
+REFUSALS = {
+    "epochs is 0: it must be at least 1": small(0),
+    "batch_size 8 is larger than the 5 training": dataclasses.replace(
+        small(1), data=dataclasses.replace(small(1).data, train_examples=5)
+    ),
+    "dataset folder needs data_dir, a folder": dataclasses.replace(
+        small(1), data=dataclasses.replace(small(1).data, dataset="folder")
+    ),
+    "loss has the term 'dice'": small(1, loss="dice"),
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_cannot_be_is_refused_in_names_and_nothing_is_written(run, tmp_path, message):
+    with pytest.raises(InputError, match=message) as error:
+        run(REFUSALS[message])
+    assert "--" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_become_names_and_file_names_stay():
+    with pytest.raises(InputError, match=r"^a--b/--c: try remat, or batch_size 4 or overwrite$"), names_for_flags():
+        raise InputError("a--b/--c: try --remat, or --batch-size 4 or --overwrite")
+
+
+def test_a_thread_trains_too(run):
+    results: list[Path] = []
+    thread = threading.Thread(target=lambda: results.append(run(small(1), "threaded")))
+    thread.start()
+    thread.join()
+    assert int(state_of(results[0]).step) == 2
+
+
+def test_in_a_thread_no_signal_is_noticed():
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
+
+    def notice():
+        with noticing() as noticed:
+            found.append((noticed, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=notice)
+    thread.start()
+    thread.join()
+    assert found == [([], before)]

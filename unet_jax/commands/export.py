@@ -1,0 +1,39 @@
+"""Makes one file of a run, which jax alone can call: `unet-jax export runs/mp_tr_dice --out model`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from unet_jax.errors import exit_on_input_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to export, and where to."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+    out: Path
+    """Folder for the artifact and model.json, which says how it is used."""
+
+
+def main(options: Options) -> None:
+    """Writes the artifact, and prints how it is used."""
+    from unet_jax.export import export_run
+
+    description = export_run(options.run, options.out)
+    artifact, shape = description["artifact"], ", ".join(map(str, description["input"]["shape"]))
+    print(
+        f"{options.out / artifact['file']}: {artifact['bytes'] / 1e6:.1f} MB, uint8 [{shape}] to probabilities,"
+        f" for {', '.join(description['platforms'])}; needs {' and '.join(description['needs'])}.\n"
+    )
+    print("\n".join(description["usage"]))
+
+
+def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Runs it with these arguments, by default the process's."""
+    with exit_on_input_error():
+        main(tyro.cli(Options, args=argv, prog=prog, description=__doc__))

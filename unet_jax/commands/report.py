@@ -1,0 +1,144 @@
+"""Sets runs beside the published ones: `unet-jax report runs/*` writes report.md and report.png."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from unet_jax.config import VARIANTS, RunConfig, default_config, differences, from_dict
+from unet_jax.errors import InputError, exit_on_input_error
+from unet_jax.published import TEST_LOSSES
+
+
+class Run(NamedTuple):
+    """What the files of a run say, ours or one of the same files by another framework."""
+
+    config: RunConfig
+    environment: dict[str, Any]
+    records: list[dict[str, Any]]
+    scores: dict[str, Any]  # on the test split: of the last epoch, or of the one that validation chose
+
+    @property
+    def framework(self) -> str:
+        return self.environment.get("framework", "jax")
+
+
+def read_run(folder: Path) -> Run:
+    """config.json, environment.json, the records of metrics.jsonl, and of a run with validation summary.json.
+
+    Raises:
+      InputError: the folder is no run, has no finished epoch, or has not met the test split.
+    """
+    try:
+        config, environment = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "environment"))
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        scores = records[-1] if records else {}
+        if records and "test_loss" not in scores:
+            scores = json.loads((folder / "summary.json").read_text())["test"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} cannot be read as a finished run ({error})") from None
+    if not records:
+        raise InputError(f"{folder} has no finished epoch")
+    return Run(from_dict(config), environment, records, scores)
+
+
+HEAD = ("variant", "data", "size", "pictures", "epochs", "other settings", "framework", "seeds", "published best loss",
+        "test loss", "best test loss", "mean IoU", "IoU by class", "pixel accuracy", "s / epoch", "images/s",
+        "device")  # fmt: skip
+IN_COLUMNS = {f"data.{name}" for name in ("dataset", "image_size", "train_examples", "test_examples")}
+IN_COLUMNS |= {"train.seed", "train.epochs"}
+
+
+def spread(values: Iterable[float], form: str = ".4f") -> str:
+    """The mean, and of several values the lowest and the highest."""
+    numbers = list(values)
+    mean = f"{statistics.mean(numbers):{form}}"
+    return mean if len(numbers) == 1 else f"{mean} ({min(numbers):{form}} to {max(numbers):{form}})"
+
+
+def settings(config: RunConfig) -> str:
+    """The fields that are not the variant's own and have no column."""
+    if config.variant not in VARIANTS:
+        return "-"
+    changed = differences(default_config(config.variant, config.data.dataset), config)
+    pairs = (text.split(": ", 1) for text in changed)
+    return ", ".join(f"{k.split('.')[1]} {v.split(' -> ')[1]}" for k, v in pairs if k not in IN_COLUMNS) or "-"
+
+
+def row(runs: list[Run]) -> str:
+    """A line of the table: runs that differ in their seeds alone."""
+    config, data = runs[0].config, runs[0].config.data
+    recipe = VARIANTS.get(config.variant)
+    published = TEST_LOSSES.get(config.variant) if recipe and recipe.loss == config.train.loss else None
+    best = [min(r["test_loss"] for r in run.records) for run in runs if "test_loss" in run.records[-1]]
+    iou = [{k: v for k, v in run.scores["iou"].items() if v is not None} for run in runs]
+    cells = (
+        config.variant, data.dataset, data.image_size, data.train_examples or "all", len(runs[0].records),
+        settings(config), runs[0].framework, " ".join(str(run.config.train.seed) for run in runs),
+        min(published.values()) if published else "-",
+        spread(run.scores["test_loss"] for run in runs), spread(best) if best else "-",
+        spread(run.scores["mean_iou"] for run in runs),
+        ", ".join(f"{name} {statistics.mean(i[name] for i in iou if name in i):.3f}" for name in iou[0]),
+        spread(run.scores["pixel_accuracy"] for run in runs),
+        spread((statistics.median(r["seconds"] for r in run.records) for run in runs), ".1f"),
+        spread((statistics.median(r["images_per_second"] for r in run.records) for run in runs), ".0f"),
+        runs[0].environment["device"],
+    )  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def table(runs: Iterable[Run]) -> str:
+    """Markdown: a row for each group of runs that differ in their seeds alone, the published loss beside ours."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        train = dataclasses.replace(run.config.train, seed=0)
+        same = dataclasses.replace(run.config, train=train, data=dataclasses.replace(run.config.data, data_dir=None))
+        groups.setdefault((same, run.framework, run.environment["device"], len(run.records)), []).append(run)
+    return "".join([f"| {' | '.join(HEAD)} |\n", "|---" * len(HEAD), "|\n", *map(row, groups.values())])
+
+
+def write_comparison(folders: list[Path], out: Path | None = None, name: str = "comparison") -> None:
+    """Writes NAME.md and NAME.png of these runs, in `out` or the folder that holds the first."""
+    from unet_jax import plots
+
+    out = out or folders[0].parent
+    out.mkdir(parents=True, exist_ok=True)
+    runs = {"/".join(folder.parts[-2:]): read_run(folder) for folder in folders}
+    text = table(runs.values())
+    note = (
+        "Published losses are of 240x240 pictures, 25 epochs, and the best of those printed; test loss is the mean of"
+        " the batch means, after the last epoch, or with a validation part after the best. Of several seeds: mean"
+        " (lowest to highest). Times are an epoch's median.\n"
+    )
+    (out / f"{name}.md").write_text(f"{text}\n{note}")
+    panels: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for label, run in runs.items():
+        panels.setdefault(run.config.variant, {})[label] = run.records
+    points = {variant: TEST_LOSSES.get(variant, {}) for variant in panels}
+    datasets = sorted({run.config.data.dataset for run in runs.values()})
+    plots.comparison_figure(panels, points, f"test loss on {', '.join(datasets)}").savefig(out / f"{name}.png")
+    print(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which runs, and where to."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
+    out: Path = Path()
+    """Folder for report.md and report.png."""
+
+
+def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Runs it with these arguments, by default the process's."""
+    with exit_on_input_error():
+        options = tyro.cli(Options, args=argv, prog=prog, description=__doc__)
+        folders = [path for path in options.runs if not path.is_file()]  # runs/* has reports among the runs
+        if not folders:
+            raise InputError("no run folders are given: name them, such as runs/*")
+        write_comparison(folders, options.out, "report")

@@ -1,0 +1,217 @@
+"""One run from its config to its figures: the folder that is its own, the epochs, a checkpoint after each."""
+
+import dataclasses
+import math
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from unet_jax import checkpoint, device, processes, runs
+from unet_jax.checkpoint import Restored
+from unet_jax.config import RunConfig, check_config, differences, to_dict
+from unet_jax.data.batches import Loader, Parts, validation_rows
+from unet_jax.data.cache import Split
+from unet_jax.data.datasets import complete, load_splits, resolve
+from unet_jax.device import Placement
+from unet_jax.errors import InputError, names_for_flags
+from unet_jax.folders import default_cache_dir
+from unet_jax.progress import Clock, Display
+from unet_jax.results import write_results
+from unet_jax.start import resume, start_from
+from unet_jax.train import NonFiniteLossError, StepResult, Steps, TrainState, fit, make_steps
+
+
+@names_for_flags()
+def run(
+    config: RunConfig,
+    workdir: str | Path,
+    *,
+    overwrite: bool = False,
+    download: bool = False,
+    cache_dir: str | Path | None = None,
+    compilation_cache: bool = True,
+    deterministic: bool = False,
+) -> Path:
+    """Makes the run of a config in its folder, or what is left of it, and returns the folder, for `unet_jax.load`.
+
+    A folder that holds an unfinished run of the same config goes on from its newest checkpoint; a finished one is left
+    alone. It prints what the command `train` prints, whose options the keywords are. As there, a process keeps freed
+    memory and compiled programs for the next step and the next start (`device.set_up`); and SIGTERM ends it, by
+    SystemExit, once the step that is under way is saved.
+
+    Args:
+      config: all of the run, such as `config.default_config("mp_tr_dice", "synthetic")`, changed by
+        `dataclasses.replace`. The dataset "auto" and a folder's class names are found out here.
+      workdir: the run's folder.
+      overwrite: starts anew in a folder that holds another run, whose files are removed.
+      download: downloads and prepares the dataset in config.data.data_dir if it is not there.
+      cache_dir: folder of the decoded pictures, by default ~/.cache/unet_jax.
+      compilation_cache: keeps compiled programs in ~/.cache/unet_jax/xla.
+      deterministic: has a GPU add in a fixed order.
+
+    Raises:
+      InputError: the config, the pictures or the folder cannot be used, or the loss became infinite or NaN.
+    """
+    folder = Path(workdir)
+    dataset, notice = resolve(config.data.dataset, config.data.data_dir, download)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset))
+    check_config(config)
+    config = complete(config)
+    check_config(config)  # again, with the classes of a folder
+    if notice:
+        print(notice, file=sys.stderr)
+    device.set_up(default_cache_dir() / "xla" if compilation_cache else None)
+    print(device.describe())
+    train_run(
+        config,
+        folder,
+        device.placement(),
+        overwrite=overwrite,
+        cache_dir=cache_dir,
+        deterministic=deterministic,
+    )
+    return folder
+
+
+def train_run(
+    config: RunConfig,
+    folder: Path,
+    placement: Placement,
+    *,
+    overwrite: bool = False,
+    cache_dir: str | Path | None = None,
+    deterministic: bool = False,
+) -> None:
+    """`run` of a config whose dataset is resolved and complete, on these devices."""
+    if done := _epochs_done(folder, config, overwrite):
+        print(f"{folder} has its {done} epochs already: give more --epochs, or --overwrite to start anew")
+        return
+    splits = load_splits(config, cache_dir)
+    scale = config.data.scale or splits["train"].scale
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, scale=scale))
+    names = [split.names for split in splits.values()]
+    shared = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=None))
+    processes.check_agreement((shared, overwrite, deterministic, folder.name, names))
+    parts = divide(config, splits, placement)
+    goes_on = not overwrite and checkpoint.exists(folder / "checkpoints")
+    initial = None if goes_on else start_from(config, placement)  # what it refuses leaves no folder behind
+    with runs.lock(folder):
+        if overwrite:
+            runs.clear(folder)
+        names_of_parts = {name: part.names if part else [] for name, part in parts._asdict().items()}
+        runs.write_split(folder, names_of_parts, goes_on)
+        start = initial or resume(folder, config, placement)
+        steps_per_epoch = len(parts.train)
+        if start.progress.steps(steps_per_epoch) != int(start.state.step):
+            raise InputError(f"{folder} was trained on other pictures: choose another --workdir, or --overwrite")
+        runs.write_json(folder / "config.json", to_dict(config))
+        runs.write_json(folder / "environment.json", runs.environment() | runs.way_to_data(folder, config))
+        print(f"{config.variant} on {config.data.dataset}: {steps_per_epoch} steps an epoch, files in {folder}")
+        steps = make_steps(config, placement, steps_per_epoch, deterministic)
+        state, records = train_epochs(config, folder, steps, parts, start)
+        write_results(config, folder, steps, state, records, parts)
+
+
+def divide(config: RunConfig, splits: Mapping[str, Split], placement: Placement) -> Parts:
+    """The pictures in batches, part by part; raises InputError for batches that the devices do not divide."""
+    batch_size, split = config.train.batch_size, splits["train"]
+    training, validation = validation_rows(
+        split.names, config.data.validation_fraction, config.train.seed, split.validation
+    )
+    placement.check_batch(batch_size, len(training), len(validation))
+    return Parts(
+        Loader(split, batch_size, placement, training),
+        Loader(split, batch_size, placement, validation) if len(validation) else None,
+        Loader(splits["test"], batch_size, placement) if "test" in splits else None,
+    )
+
+
+def _epochs_done(folder: Path, config: RunConfig, overwrite: bool) -> int:
+    """The epochs of a run that has no more to do, else 0; after refusing a folder that holds something else."""
+    if overwrite or not folder.exists():
+        return 0
+    if not (folder / "config.json").exists():
+        if any(p.name != ".lock" for p in folder.iterdir()):
+            raise InputError(f"{folder} holds other files than a run's: choose another --workdir")
+        return 0
+    if different := differences(runs.read_config(folder), config):
+        raise InputError(
+            f"{folder} holds a run with another config ({'; '.join(different)}):"
+            " choose another --workdir, or --overwrite to start anew"
+        )
+    done = runs.epochs_finished(folder)
+    return done if done >= config.train.epochs else 0
+
+
+def train_epochs(
+    config: RunConfig, folder: Path, steps: Steps, parts: Parts, start: Restored
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Trains to the last epoch, by `save_epochs`, and tells what can go wrong on the way as InputErrors."""
+    records = list(start.progress.records)
+    try:
+        state, stopped = save_epochs(config, folder, steps, parts, start, records)
+    except NonFiniteLossError as error:
+        last = f"epoch {len(records)} is the last good checkpoint" if records else "there is no checkpoint before it"
+        raise InputError(f"{error}; {last}, in {folder}: try a smaller --learning-rate") from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise parts.train.placement.out_of_memory(parts.train.batch_size) from None
+    if stopped:
+        name = "Ctrl-C" if stopped == signal.SIGINT else "SIGTERM"
+        print(f"stopped by {name}: step {int(state.step)} is saved, the same command goes on from there")
+        sys.exit(128 + stopped)
+    return state, records
+
+
+def save_epochs(
+    config: RunConfig,
+    folder: Path,
+    steps: Steps,
+    parts: Parts,
+    start: Restored,
+    records: list[dict[str, Any]],
+) -> tuple[TrainState, int]:
+    """Trains; each epoch ends with its line, its record (in `records` and metrics.jsonl), and a checkpoint.
+
+    The best epoch by the validation part's mean IoU, if there is such a part, has a second one in the folder `best`.
+    After SIGTERM or Ctrl-C it saves at the next step (past an epoch's last, when that is evaluated), and returns which
+    of the two it was, else 0.
+    """
+    train, held_out = parts.train, parts.held_out
+    state, stop = start.state, 0
+    display = Display(Clock(config.train.epochs, len(train), len(held_out or ()), int(state.step)), len(train))
+    has_best = config.data.validation_fraction > 0
+    with (
+        checkpoint.manager(folder / "checkpoints", int(state.step)) as checkpoints,
+        checkpoint.manager(folder / "best", int(state.step)) if has_best else nullcontext() as best,
+        processes.noticing_signals() as noticed,
+    ):
+        for result in fit(config, steps, state, train, held_out, start.progress.losses):
+            state = result.state
+            if isinstance(result, StepResult):
+                display.step(result.epoch, result.step_of_epoch, result.losses)
+                step = (result.epoch - 1) * len(train) + result.step_of_epoch
+                # orbax has JAX's processes agree on a step; of a process alone it knows nothing.
+                stop = stop or sum(noticed[:1]) or signal.SIGTERM * checkpoints.reached_preemption(step)
+                if stop and result.step_of_epoch < len(train) and math.isfinite(loss := float(result.loss)):
+                    display.close()
+                    checkpoint.save(checkpoints, state, checkpoint.Progress(records, [*result.losses, loss]))
+                    break
+                continue
+            display.epoch(result.record)
+            records.append(result.record)
+            runs.write_records(folder, records)
+            # The best first: a kill between the two has the epoch done again, not its being the best forgotten.
+            ious = [r["validation_mean_iou"] or 0 for r in records] if best else []
+            if best and ious[-1] == max(ious):
+                checkpoint.save(best, state, checkpoint.Progress(records, []))
+            checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
+            if stop:
+                break
+    return state, stop

@@ -1,0 +1,51 @@
+"""What a run starts from: initial weights, another run's, or the checkpoint that it was left at."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from unet_jax import runs, train
+from unet_jax.checkpoint import Progress, Restored
+from unet_jax.config import RunConfig
+from unet_jax.device import Placement
+from unet_jax.errors import InputError
+
+
+def start_from(config: RunConfig, placement: Placement) -> Restored:
+    """A fresh state at step 0, with the parameters and statistics of --init-from if given."""
+    state = runs.fresh_state(config, placement)
+    if config.train.init_from:
+        other = Path(config.train.init_from)
+        theirs, restored = runs.load(other, placement)
+        state = state._replace(**taken_over(config, theirs, state.params, train.variables(restored.state)))
+    return Restored(jax.device_put(state, placement.replicated), Progress([], []), [])
+
+
+def taken_over(config: RunConfig, theirs: RunConfig, fresh: Any, variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables of the run of --init-from; where its classes are others, with the last layer of `fresh`.
+
+    Raises:
+      InputError: the networks differ in more than that.
+    """
+    other = config.train.init_from
+    no_matter: dict[str, Any] = {"dropout_rate": 0.0, "precision": "auto", "remat": False}
+    ours, others = (dataclasses.asdict(dataclasses.replace(c.model, **no_matter)) for c in (config, theirs))
+    if different := [f"{name} {others[name]} instead of {ours[name]}" for name in ours if ours[name] != others[name]]:
+        raise InputError(f"--init-from {other} is a run of another network: {', '.join(different)}")
+    if config.data.class_names == theirs.data.class_names:
+        return variables
+    print(f"the last layer starts anew: {other} has other classes ({', '.join(theirs.data.class_names)})")
+    return {**variables, "params": {**variables["params"], "logits": fresh["logits"]}}
+
+
+def resume(folder: Path, config: RunConfig, placement: Placement) -> Restored:
+    """The newest sound checkpoint of an unfinished run, its metrics.jsonl brought in line."""
+    restored = runs.restored(config, folder / "checkpoints", placement)
+    for line in restored.skipped:
+        print(line, file=sys.stderr)
+    runs.write_records(folder, restored.progress.records)
+    print(f"going on from step {int(restored.state.step)}, {len(restored.progress.records)} epochs are done")
+    return restored
