@@ -65,6 +65,15 @@ def test_ctrl_c_in_the_loop_of_steps_is_noticed_and_the_second_ends():
     ]
 
 
+@pytest.fixture
+def sigint():
+    """Python's handler of it, which is not there where a shell's & started the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 def test_sigterm_is_noticed_too_and_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     threads = threading.active_count()
