@@ -433,11 +433,11 @@ void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& 
   bool own_tiles = size <= kCached;
   int64_t groups = own_tiles ? std::min(kGroups, ceil_div(tiles.count, 128)) : 1, share = ceil_div(tiles.count, groups);
   int64_t most = std::min(share, std::max<int64_t>(24, (own_tiles ? kCached : kChunk) / (P * (in + out))));
-  int64_t in_plane = plane_of(most, in), out_plane = plane_of(most, out);
+  int64_t in_plane = plane_of(most, in), out_plane = plane_of(most, out), workspace = P * (in_plane + out_plane);
   Buffer memory;
-  float* all_sums = memory.of(groups * size);
+  float* all_sums = memory.of(groups * size + (own_tiles ? 0 : workspace));
   auto sum = [&](int64_t group, auto run) {
-    float *sums = all_sums + group * size, *inputs = scratch.of(P * (in_plane + out_plane));
+    float *sums = all_sums + group * size, *inputs = own_tiles ? scratch.of(workspace) : sums + size;
     float* outputs = inputs + P * in_plane;
     int64_t begin = group * share, end = std::min(tiles.count, begin + share);
     if (begin >= end) std::fill(sums, sums + size, 0.f);
