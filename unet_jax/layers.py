@@ -145,9 +145,8 @@ def _double_axis(x: Array, axis: int) -> Array:
     n = x.shape[axis]
     shape = tuple(n if a == axis else 1 for a in range(x.ndim))
     to_previous = (jnp.arange(n) / (2 * n - 1)).astype(x.dtype).reshape(shape)
-    ends = (lax.slice_in_dim(x, 0, 1, axis=axis), lax.slice_in_dim(x, n - 1, n, axis=axis))
-    previous = jnp.concatenate([ends[0], lax.slice_in_dim(x, 0, n - 1, axis=axis)], axis)
-    following = jnp.concatenate([lax.slice_in_dim(x, 1, n, axis=axis), ends[1]], axis)
+    previous = jnp.concatenate([lax.slice_in_dim(x, 0, 1, axis=axis), lax.slice_in_dim(x, 0, n - 1, axis=axis)], axis)
+    following = jnp.concatenate([lax.slice_in_dim(x, 1, n, axis=axis), lax.slice_in_dim(x, n - 1, n, axis=axis)], axis)
     even, odd = x + to_previous * (previous - x), x + jnp.flip(to_previous, axis) * (following - x)
     return jnp.stack([even, odd], axis + 1).reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])
 
