@@ -37,7 +37,20 @@ class TransposedConv(layers.TransposedConv):
         """The transposed convolution itself."""
         if convs.suits(x, kernel):
             return convs.transposed_conv(x, kernel, bias)
-        return super().convolve(as_array(x), kernel, bias)
+        plain = super().convolve
+
+        @jax.custom_vjp
+        def convolve(x: Array, kernel: Array, bias: Array) -> Array:
+            return plain(x, kernel, bias)
+
+        def gradients(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+            # Those of the convolution of stride 2 that it transposes; of the plain form's four outputs XLA's are slow.
+            x, kernel = residuals
+            to_kernel = jax.linear_transpose(lambda kernel: layers.convolution(g, kernel, 2), kernel)(x)[0]
+            return layers.convolution(g, kernel, 2), to_kernel, channel_sum(g)
+
+        convolve.defvjp(lambda x, kernel, bias: (convolve(x, kernel, bias), (x, kernel)), gradients)
+        return convolve(as_array(x).astype(self.dtype), kernel, bias)
 
 
 @jax.custom_vjp
