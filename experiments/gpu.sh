@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All figures of the README that wait for a GPU, in one command that goes on where it was stopped:
+# All figures of README and docs that wait for a GPU, in one command that goes on where it was stopped:
 #
 #     OUT=runs/gpu experiments/gpu.sh --data-dir ~/tensorflow_datasets
 #

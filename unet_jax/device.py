@@ -27,7 +27,7 @@ class Placement(NamedTuple):
 
     @property
     def platform(self) -> str:
-        """ "cpu", "gpu", "tpu", ..."""
+        """The kind of the devices: "cpu", "gpu", "tpu" and so on."""
         device: jax.Device = next(iter(self.replicated.device_set))
         return device.platform
 
