@@ -275,7 +275,7 @@ def test_conv_keeps_float32s_accuracy(features, tile):
 
 @pytest.mark.parametrize(
     ("n", "features", "out", "dtype"),
-    [(1, 16, 24, np.float32), (1, 8, 16, np.float32), (1, 16, 16, jnp.bfloat16), (0, 16, 16, np.float32)],
+    [(1, 16, 24, np.float32), (1, 8, 16, np.float32), (1, 16, 16, jnp.float16), (0, 16, 16, np.float32)],
 )
 def test_what_the_code_is_not_for_is_left_to_xla(n, features, out, dtype):
     assert calls(apply_params(Conv(out, dtype=dtype)), conv_params(features, out), normal(n, 4, 4, features)) == 0

@@ -43,10 +43,11 @@ class Conv(nn.Module):
         init = pytorch_init(fan_in=math.prod(shape[:3]))
         kernel = self.param("kernel", init, shape, jnp.float32)
         bias = self.param("bias", init, (self.features,), jnp.float32)
-        return self.convolve(x, kernel.astype(self.dtype), bias.astype(self.dtype))
+        return self.convolve(x, kernel, bias)
 
     def convolve(self, x: Array, kernel: Array, bias: Array) -> Array:
-        return convolution(x.astype(self.dtype), kernel, self.strides) + bias[None, None, None]
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        return convolution(x, kernel, self.strides) + bias[None, None, None]
 
 
 class TransposedConv(nn.Module):
@@ -63,16 +64,17 @@ class TransposedConv(nn.Module):
         init = pytorch_init(fan_in=9 * self.features)  # as PyTorch counts it: over the outputs
         kernel = self.param("kernel", init, (3, 3, self.features, x.shape[-1]), jnp.float32)
         bias = self.param("bias", init, (self.features,), jnp.float32)
-        return self.convolve(x, kernel.astype(self.dtype), bias.astype(self.dtype))
+        return self.convolve(x, kernel, bias)
 
     def convolve(self, x: Array, kernel: Array, bias: Array) -> Array:
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
         # Along an axis, output 2i sees w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1]. One 2x2 convolution
         # gives a pixel's four outputs at once. The textbook form dilates x, and its kernel gradient is slow everywhere.
         n, h, w, in_features = x.shape
         taps = np.array([[1, 3], [2, 0]])  # [output, tap]; 3 is of the zeros
         kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))[taps][:, :, taps]
         kernel = kernel.transpose(1, 3, 5, 0, 2, 4).reshape(2, 2, in_features, 4 * self.features)
-        y = convolution(x.astype(self.dtype), kernel) + jnp.tile(bias, 4)[None, None, None]
+        y = convolution(x, kernel) + jnp.tile(bias, 4)[None, None, None]
         y = y[:, 1:, 1:].reshape(n, h, w, 2, 2, self.features)
         return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, self.features)
 

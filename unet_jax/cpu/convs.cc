@@ -5,22 +5,9 @@
 // outputs. Of 9 products an output F(4x4) leaves 36/16 and F(2x2) 4. Those of stride 2 gather what each output sees and
 // multiply. Pictures are [N, H, W, C], kernels [3, 3, in, out], every number of features a multiple of 16.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <thread>
-#include <vector>
-
-#include "xla/ffi/api/ffi.h"
+#include "shared.h"
 
 namespace {
-
-namespace ffi = xla::ffi;
-using Array = ffi::Buffer<ffi::F32>;
-using std::int64_t;
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kSums = 24;  // of 32 registers those that sum
@@ -52,58 +39,6 @@ inline Vector fma(Vector a, Vector b, Vector c) {
 #endif
 }
 inline Vector fma(float a, Vector b, Vector c) { return fma(a - Vector{}, b, c); }
-
-// Memory that is neither zeroed nor given back before its owner ends; what was in it is lost when it grows.
-class Buffer {
- public:
-  float* of(int64_t count) {
-    if (count > size_) {
-      memory_.reset(static_cast<float*>(std::aligned_alloc(64, (count + 15) / 16 * 64)));
-      if (!memory_) throw std::bad_alloc();
-      size_ = count;
-    }
-    return memory_.get();
-  }
-
- private:
-  std::unique_ptr<float, decltype(&std::free)> memory_{nullptr, &std::free};
-  int64_t size_ = 0;
-};
-
-thread_local Buffer scratch;
-
-// item(0), ..., item(count - 1) on the pool's threads and this one. It never waits for a thread that has not begun, so
-// a pool whose threads all are busy does not stop it.
-template <typename Item>
-void parallel(ffi::ThreadPool& pool, int64_t count, const Item& item) {
-  struct Progress {
-    std::atomic<int64_t> begun{0}, done{0};
-    std::atomic<bool> failed{false};
-  };
-  auto progress = std::make_shared<Progress>();
-  auto work = [progress, count, &item] {
-    for (int64_t i; (i = progress->begun.fetch_add(1)) < count; progress->done.fetch_add(1)) try {
-        item(i);
-      } catch (const std::bad_alloc&) {
-        progress->failed = true;
-      }
-  };
-  int64_t threads = std::min(pool.num_threads(), count);
-  for (int64_t helper = 1; helper < threads; helper++) pool.Schedule(decltype(work)(work));
-  work();
-  while (progress->done.load() < count) std::this_thread::yield();
-  if (progress->failed) throw std::bad_alloc();
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The same for [first, last) of `count` rows, in blocks of at most `most`, as many for each thread.
-template <typename Rows>
-void parallel_blocks(ffi::ThreadPool& pool, int64_t count, int64_t most, const Rows& rows) {
-  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  int64_t size = ceil_div(count, ceil_div(ceil_div(count, most), threads) * threads);
-  parallel(pool, ceil_div(count, size), [&](int64_t i) { rows(i * size, std::min(count, (i + 1) * size)); });
-}
 
 // ---- Products ----
 
@@ -196,11 +131,6 @@ struct Pictures {
   }
 };
 using Parts = std::vector<Pictures>;  // side by side in the features
-
-struct Place {
-  int64_t picture, i, j;
-  Place(int64_t index, int64_t h, int64_t w) : picture(index / (h * w)), i(index / w % h), j(index % w) {}
-};
 
 int64_t features(const Parts& parts) {
   int64_t sum = 0;
@@ -421,7 +351,6 @@ void convolve(ffi::ThreadPool& pool, const Parts& parts, const float* kernel, bo
 
 constexpr int64_t kCached = 160000;  // floats that a core's cache holds beside what else is in use
 constexpr int64_t kChunk = 3 << 19;  // floats of tiles at once where they are of all threads
-constexpr int64_t kGroups = 8;       // of tiles at most, with sums of their own; never by the number of threads
 
 template <int M>
 void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& g, float* kernel) {
@@ -548,14 +477,10 @@ void gradient_of_halving(ffi::ThreadPool& pool, const Pictures& x, const Picture
 // ---- What XLA calls ----
 
 // Arguments come as x, gain, shift of each part, and then others; a gain or a bias of no elements is none.
-using Flags = ffi::Span<const int64_t>;
-
 Pictures pictures(Array x) {
   auto shape = x.dimensions();
   return {x.typed_data(), nullptr, nullptr, false, shape[0], shape[1], shape[2], shape[3]};
 }
-
-const float* optional(Array x) { return x.element_count() ? x.typed_data() : nullptr; }
 
 Parts all_parts(ffi::RemainingArgs& args, Flags relu) {
   Parts parts;
@@ -578,16 +503,6 @@ std::vector<Output> all_outputs(ffi::RemainingRets& rets) {
     outputs.push_back({y.typed_data(), y.dimensions()[3]});
   }
   return outputs;
-}
-
-template <typename Run>
-ffi::Error checked(const Run& run) {
-  try {
-    run();
-    return ffi::Error::Success();
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a convolution");
-  }
 }
 
 ffi::Error same_conv(ffi::ThreadPool pool, Flags relu, int64_t m, bool turned, ffi::RemainingArgs args,
@@ -618,12 +533,7 @@ ffi::Error halving_kernel_gradient(ffi::ThreadPool pool, Flags relu, ffi::Remain
   return checked([&] { gradient_of_halving(pool, parts[0], parts[1], (**rets.get<Array>(0)).typed_data()); });
 }
 
-auto binding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<Flags>("relu"); }
-
 }  // namespace
-
-#define HANDLER(name, binding) \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(unet_jax_##name, name, binding.RemainingArgs().RemainingRets())
 
 HANDLER(same_conv, binding().Attr<int64_t>("m").Attr<bool>("turned"));
 HANDLER(same_kernel_gradient, binding().Attr<int64_t>("m"));

@@ -23,8 +23,8 @@ Part = Array | Scaled
 
 def suits(x: Array | Lazy, kernel: Array, strides: int = 1) -> bool:
     """Whether the C++ computes it: all float32, features by 16, sizes known and not 0, and even for a stride of 2."""
-    parts = _parts(x)
-    arrays = [array for part in parts for array in _opened(part)] + [kernel]
+    parts = parts_of(x)
+    arrays = [array for part in parts for array in opened(part)] + [kernel]
     counts = [part.shape[-1] for part in parts] + [*kernel.shape[2:]]
     return (
         all(array.dtype == np.float32 for array in arrays)
@@ -35,23 +35,36 @@ def suits(x: Array | Lazy, kernel: Array, strides: int = 1) -> bool:
     )
 
 
-def _parts(x: Array | Lazy) -> tuple[Part, ...]:
+def parts_of(x: Array | Lazy) -> tuple[Part, ...]:
+    """What x consists of, as the C++ reads it."""
     parts = x.parts if isinstance(x, Joined) else (x,)
     return tuple(part if isinstance(part, Scaled) else as_array(part) for part in parts)
 
 
-def _opened(part: Part) -> tuple[Array | np.ndarray, ...]:
+def opened(part: Part) -> tuple[Array | np.ndarray, ...]:
+    """The pictures of a part, and its gain and shift, empty where there are none."""
     return (part.x, part.gain, part.shift) if isinstance(part, Scaled) else (part, NONE, NONE)
+
+
+def call_library(
+    name: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    parts: Sequence[Part],
+    *others: Array | np.ndarray,
+    **options: Any,
+) -> Any:
+    """The C++ function's results for parts and other arrays."""
+    arrays = [array for part in parts for array in opened(part)]
+    relu = np.array([isinstance(part, Scaled) and part.relu_first for part in parts], np.int64)
+    call = jax.ffi.ffi_call(f"unet_jax_{name}", results, vmap_method="sequential")
+    return call(*arrays, *others, relu=relu, **options)
 
 
 def _call(
     name: str, shapes: Sequence[Sequence[int]], parts: Sequence[Part], *others: Array | np.ndarray, **options: Any
 ) -> Any:
-    arrays = [array for part in parts for array in _opened(part)]
-    relu = np.array([isinstance(part, Scaled) and part.relu_first for part in parts], np.int64)
     results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
-    call = jax.ffi.ffi_call(f"unet_jax_{name}", results, vmap_method="sequential")
-    return call(*arrays, *others, relu=relu, **options)
+    return call_library(name, results, parts, *others, **options)
 
 
 def _tile(x: Part, kernel: Array) -> np.int64:
@@ -63,23 +76,24 @@ def _tile(x: Part, kernel: Array) -> np.int64:
     return np.int64(4 if 16 * (n * -(-h // 4) * -(-w // 4)) ** 2 >= kernel.shape[2] * kernel.shape[3] else 2)
 
 
-def _to_part(part: Part, to_value: Array) -> Part:
+def to_part(part: Part, to_value: Array) -> Part:
+    """The gradient to a part, of that to its value."""
     return jax.vjp(as_array, part)[1](to_value)[0]
 
 
 def same_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
     """3x3 convolution of stride 1 of x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O], plus bias [O]."""
-    return _same_conv(_parts(x), kernel, bias)
+    return _same_conv(parts_of(x), kernel, bias)
 
 
 def halving_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
     """3x3 convolution of stride 2 of x [N, 2H, 2W, I] with kernel [3, 3, I, O] to [N, H, W, O], plus bias [O]."""
-    return _halving_conv(*_parts(x), kernel, bias)
+    return _halving_conv(*parts_of(x), kernel, bias)
 
 
 def transposed_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
     """That of `layers.TransposedConv`: x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O], plus bias [O]."""
-    return _transposed_conv(*_parts(x), kernel, bias)
+    return _transposed_conv(*parts_of(x), kernel, bias)
 
 
 @jax.custom_vjp
@@ -93,7 +107,7 @@ def _same_conv_bwd(residuals: tuple[tuple[Part, ...], Array], g: Array) -> tuple
     m = _tile(g, kernel)
     to_values = _call("same_conv", [part.shape for part in parts], [g], kernel, NONE, m=m, turned=True)
     to_kernel = _call("same_kernel_gradient", [kernel.shape], parts, g, m=m)[0]
-    return tuple(map(_to_part, parts, to_values)), to_kernel, channel_sum(g)
+    return tuple(map(to_part, parts, to_values)), to_kernel, channel_sum(g)
 
 
 _same_conv.defvjp(lambda parts, kernel, bias: (_same_conv(parts, kernel, bias), (parts, kernel)), _same_conv_bwd)
@@ -112,7 +126,7 @@ def _halving_conv(x: Part, kernel: Array, bias: Array) -> Array:
 def _halving_conv_bwd(residuals: tuple[Part, Array], g: Array) -> tuple[Part, Array, Array]:
     x, kernel = residuals
     to_kernel = _call("halving_kernel_gradient", [kernel.shape], [x, g])[0]
-    return _to_part(x, _double(g, kernel, NONE)), to_kernel, channel_sum(g)
+    return to_part(x, _double(g, kernel, NONE)), to_kernel, channel_sum(g)
 
 
 _halving_conv.defvjp(lambda x, kernel, bias: (_halving_conv(x, kernel, bias), (x, kernel)), _halving_conv_bwd)
@@ -126,7 +140,7 @@ def _transposed_conv(x: Part, kernel: Array, bias: Array) -> Array:
 def _transposed_conv_bwd(residuals: tuple[Part, Array], g: Array) -> tuple[Part, Array, Array]:
     x, kernel = residuals
     to_kernel = _call("halving_kernel_gradient", [kernel.shape], [g, x])[0]
-    return _to_part(x, convolution(g, kernel, 2)), to_kernel, channel_sum(g)
+    return to_part(x, convolution(g, kernel, 2)), to_kernel, channel_sum(g)
 
 
 _transposed_conv.defvjp(lambda x, kernel, bias: (_double(x, kernel, bias), (x, kernel)), _transposed_conv_bwd)

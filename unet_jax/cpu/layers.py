@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from unet_jax import layers
-from unet_jax.cpu import convs
+from unet_jax.cpu import bfloat16, convs
 from unet_jax.cpu.lazy import Joined, Lazy, Rectified, as_array, rectified, scaled
 from unet_jax.cpu.sums import channel_sum
 
@@ -21,20 +21,26 @@ __all__ = ["BatchNorm", "Conv", "Dropout", "TransposedConv", "join", "max_pool",
 
 
 class Conv(layers.Conv):
-    """`layers.Conv`, in C++ for 3x3 kernels where `convs.suits`."""
+    """`layers.Conv`, in C++ where `bfloat16.suits`, and for 3x3 kernels where `convs.suits`."""
 
     def convolve(self, x: Array | Lazy, kernel: Array, bias: Array) -> Array:
         """The convolution itself."""
+        if bfloat16.suits(x, self.dtype):
+            return bfloat16.conv(x, kernel, bias, self.strides)
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
         if self.kernel_size == 3 and convs.suits(x, kernel, self.strides):
             return (convs.same_conv if self.strides == 1 else convs.halving_conv)(x, kernel, bias)
         return add_bias(layers.convolution(as_array(x).astype(self.dtype), kernel, self.strides), bias)
 
 
 class TransposedConv(layers.TransposedConv):
-    """`layers.TransposedConv`, in C++ where `convs.suits`."""
+    """`layers.TransposedConv`, in C++ where `bfloat16.suits` or `convs.suits`."""
 
     def convolve(self, x: Array | Lazy, kernel: Array, bias: Array) -> Array:
         """The transposed convolution itself."""
+        if bfloat16.suits(x, self.dtype):
+            return bfloat16.transposed_conv(x, kernel, bias)
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
         if convs.suits(x, kernel):
             return convs.transposed_conv(x, kernel, bias)
         plain = super().convolve
@@ -124,7 +130,9 @@ def join(parts: list[Any]) -> Joined:
 
 def max_pool(x: Array | Lazy) -> Array:
     """`layers.max_pool` of lazy arrays too."""
-    return layers.max_pool(as_array(x))
+    array = as_array(x)
+    # In float32: XLA's maximum of bfloat16 takes ten times as long.
+    return layers.max_pool(array.astype(layers.wide_dtype(array))).astype(array.dtype)
 
 
 def resize_double(x: Array | Lazy) -> Array:

@@ -16,27 +16,53 @@ import jaxlib
 
 from unet_jax.folders import default_cache_dir
 
-SOURCE = Path(__file__).with_name("convs.cc")
+FOLDER = Path(__file__).parent
+SOURCES = ("convs.cc", "bfloat16.cc")
 FUNCTIONS = ("same_conv", "same_kernel_gradient", "transposed_conv", "halving_kernel_gradient")
+BFLOAT16_FUNCTIONS = ("bfloat16_conv", "bfloat16_kernel_gradient")
 SECONDS = 300  # that a compiler may take; it takes seven
 
 
 @functools.cache
 def is_available() -> bool:
     """Whether this process has the functions. Where it cannot have them, a warning says why, and what that costs."""
+    library = _load()
+    if library:
+        _register(library, FUNCTIONS)
+    return library is not None
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether it has those in bfloat16 too, for which the processor needs matrix units (AMX) and Linux's permission."""
+    library = _load() if is_available() else None
+    if not library:
+        return False
+    allowed = library.unet_jax_has_bfloat16
+    allowed.restype = ctypes.c_bool
+    if not allowed():
+        return False
+    _register(library, BFLOAT16_FUNCTIONS)
+    return True
+
+
+def _register(library: ctypes.CDLL, names: tuple[str, ...]) -> None:
+    for name in names:
+        handler = getattr(library, f"unet_jax_{name}")
+        jax.ffi.register_ffi_target(f"unet_jax_{name}", jax.ffi.pycapsule(handler), platform="cpu")
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(compiled(default_cache_dir() / "cpu")))
+        return ctypes.CDLL(str(compiled(default_cache_dir() / "cpu")))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         logging.getLogger(__name__).warning(
             "steps take about twice as long: the convolutions could not be compiled or loaded, which takes a C++"
             " compiler (CXX names it) and a cache folder that can be written (in XDG_CACHE_HOME): %s",
             error,
         )
-        return False
-    for name in FUNCTIONS:
-        handler = getattr(library, f"unet_jax_{name}")
-        jax.ffi.register_ffi_target(f"unet_jax_{name}", jax.ffi.pycapsule(handler), platform="cpu")
-    return True
+        return None
 
 
 def compiled(folder: Path) -> Path:
@@ -53,14 +79,22 @@ def compiled(folder: Path) -> Path:
     defined = subprocess.run(
         [*command, "-dM", "-E", "-x", "c++", os.devnull], check=True, stdout=subprocess.PIPE, timeout=SECONDS
     ).stdout
-    key = hashlib.sha256(defined + SOURCE.read_bytes() + repr((command, jaxlib.__version__)).encode()).hexdigest()
+    sources = b"".join((FOLDER / name).read_bytes() for name in (*SOURCES, "shared.h"))
+    key = hashlib.sha256(defined + sources + repr((command, jaxlib.__version__)).encode()).hexdigest()
     library = folder / f"convs-{key[:16]}.so"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _refuse_what_others_may_write(folder)
     if not _is_whole(library):
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             made = Path(unfinished) / library.name
-            command += ["-w", "-shared", "-fPIC", f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)]
+            command += [
+                "-w",
+                "-shared",
+                "-fPIC",
+                f"-I{jax.ffi.include_dir()}",
+                *(str(FOLDER / name) for name in SOURCES),
+            ]
+            command += ["-o", str(made)]
             subprocess.run(command, check=True, timeout=SECONDS)
             digest = made.with_suffix(".sha256")
             digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())

@@ -1,0 +1,93 @@
+"""The convolutions on a CPU and their gradients in bfloat16, in C++ for processors with matrix units (bfloat16.cc).
+
+As those of `convs` they read lazy arrays as they are. Kernels, biases and their gradients are float32: the C++ rounds
+kernels to bfloat16 when it packs them. Products are summed in float32.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from unet_jax.cpu.convs import NONE, Part, call_library, opened, parts_of, to_part
+from unet_jax.cpu.lazy import Lazy
+from unet_jax.cpu.library import has_bfloat16
+from unet_jax.cpu.sums import channel_sum
+
+HALF = jnp.dtype(jnp.bfloat16)
+Parts = tuple[Part, ...]
+
+
+def suits(x: Array | Lazy, dtype: DTypeLike) -> bool:
+    """Whether the C++ computes it in dtype: that and x are bfloat16, what scales it float32, sizes known and not 0."""
+    opened_parts = [opened(part) for part in parts_of(x)]
+    return (
+        dtype == HALF
+        and all(array.dtype == HALF for array, _, _ in opened_parts)
+        and all(array.dtype == np.float32 for _, *others in opened_parts for array in others)
+        and all(isinstance(side, int) and side > 0 for side in x.shape)  # in jax.export it may have symbols
+        and has_bfloat16()
+    )
+
+
+def _conv(shape: tuple[int, ...], parts: Parts, kernel: Array, bias: Array | np.ndarray, step: int) -> Array:
+    """The C++'s convolution to [N, H, W, O]; of step -2 the transposed one of stride 2."""
+    results = [jax.ShapeDtypeStruct(shape, HALF)]
+    return call_library("bfloat16_conv", results, parts, kernel, bias, turned=step < 0, step=np.int64(step))[0]
+
+
+def _kernel_gradient(parts: Parts, g: Part, kernel: Array, step: int) -> Array:
+    results = [jax.ShapeDtypeStruct(kernel.shape, np.float32)]
+    gradient: Array = call_library("bfloat16_kernel_gradient", results, (*parts, g), step=np.int64(step))[0]
+    return gradient
+
+
+def conv(x: Array | Lazy, kernel: Array, bias: Array, strides: int = 1) -> Array:
+    """`layers.Conv`'s: x [N, H, W, I] with kernel [k, k, I, O] to [N, ceil(H/strides), ceil(W/strides), O]."""
+    return _any_conv(parts_of(x), kernel, bias, strides)
+
+
+def transposed_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
+    """`layers.TransposedConv`'s: x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O], plus bias [O]."""
+    return _transposed_conv(*parts_of(x), kernel, bias)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _any_conv(parts: Parts, kernel: Array, bias: Array, strides: int) -> Array:
+    n, h, w, _ = parts[0].shape
+    shape = (n, -(-h // strides), -(-w // strides), len(bias))
+    return _conv(shape, parts, kernel, bias, strides)
+
+
+def _any_conv_fwd(parts: Parts, kernel: Array, bias: Array, strides: int) -> tuple[Array, tuple[Parts, Array]]:
+    return _any_conv(parts, kernel, bias, strides), (parts, kernel)
+
+
+def _any_conv_bwd(strides: int, residuals: tuple[Parts, Array], g: Array) -> tuple[Parts, Array, Array]:
+    parts, kernel = residuals
+    step = np.int64(1 if strides == 1 else -2)
+    results = [jax.ShapeDtypeStruct(part.shape, HALF) for part in parts]
+    to_values = call_library("bfloat16_conv", results, (g,), kernel, NONE, turned=True, step=step)
+    to_kernel = _kernel_gradient(parts, g, kernel, strides)
+    return tuple(map(to_part, parts, to_values)), to_kernel, channel_sum(g.astype(np.float32))
+
+
+_any_conv.defvjp(_any_conv_fwd, _any_conv_bwd)
+
+
+@jax.custom_vjp
+def _transposed_conv(x: Part, kernel: Array, bias: Array) -> Array:
+    n, h, w, _ = x.shape
+    return _conv((n, 2 * h, 2 * w, len(bias)), (x,), kernel, bias, -2)
+
+
+def _transposed_conv_bwd(residuals: tuple[Part, Array], g: Array) -> tuple[Part, Array, Array]:
+    x, kernel = residuals
+    to_value = _conv(x.shape, (g,), kernel, NONE, 2)
+    return to_part(x, to_value), _kernel_gradient((g,), x, kernel, 2), channel_sum(g.astype(np.float32))
+
+
+_transposed_conv.defvjp(lambda x, kernel, bias: (_transposed_conv(x, kernel, bias), (x, kernel)), _transposed_conv_bwd)

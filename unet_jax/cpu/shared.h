@@ -1,0 +1,101 @@
+// What the convolutions in both precisions share: memory, threads, and what XLA hands over.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using Array = ffi::Buffer<ffi::F32>;
+using std::int64_t;
+
+// Memory that is neither zeroed nor given back before its owner ends; what was in it is lost when it grows.
+class Buffer {
+ public:
+  float* of(int64_t count) {
+    if (count > size_) {
+      memory_.reset(static_cast<float*>(std::aligned_alloc(64, (count + 15) / 16 * 64)));
+      if (!memory_) throw std::bad_alloc();
+      size_ = count;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<float, decltype(&std::free)> memory_{nullptr, &std::free};
+  int64_t size_ = 0;
+};
+
+thread_local Buffer scratch;
+
+// item(0), ..., item(count - 1) on the pool's threads and this one. It never waits for a thread that has not begun, so
+// a pool whose threads all are busy does not stop it.
+template <typename Item>
+void parallel(ffi::ThreadPool& pool, int64_t count, const Item& item) {
+  struct Progress {
+    std::atomic<int64_t> begun{0}, done{0};
+    std::atomic<bool> failed{false};
+  };
+  auto progress = std::make_shared<Progress>();
+  auto work = [progress, count, &item] {
+    for (int64_t i; (i = progress->begun.fetch_add(1)) < count; progress->done.fetch_add(1)) try {
+        item(i);
+      } catch (const std::bad_alloc&) {
+        progress->failed = true;
+      }
+  };
+  int64_t threads = std::min(pool.num_threads(), count);
+  for (int64_t helper = 1; helper < threads; helper++) pool.Schedule(decltype(work)(work));
+  work();
+  while (progress->done.load() < count) std::this_thread::yield();
+  if (progress->failed) throw std::bad_alloc();
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The same for [first, last) of `count` rows, in blocks of at most `most`, as many for each thread.
+template <typename Rows>
+void parallel_blocks(ffi::ThreadPool& pool, int64_t count, int64_t most, const Rows& rows) {
+  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  int64_t size = ceil_div(count, ceil_div(ceil_div(count, most), threads) * threads);
+  parallel(pool, ceil_div(count, size), [&](int64_t i) { rows(i * size, std::min(count, (i + 1) * size)); });
+}
+
+struct Place {
+  int64_t picture, i, j;
+  Place(int64_t index, int64_t h, int64_t w) : picture(index / (h * w)), i(index / w % h), j(index % w) {}
+};
+
+// Of a sum over pictures: parts at most that have sums of their own; never by the number of threads.
+constexpr int64_t kGroups = 8;
+
+using Flags = ffi::Span<const int64_t>;
+
+const float* optional(Array x) { return x.element_count() ? x.typed_data() : nullptr; }
+
+template <typename Run>
+ffi::Error checked(const Run& run) {
+  try {
+    run();
+    return ffi::Error::Success();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a convolution");
+  }
+}
+
+auto binding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<Flags>("relu"); }
+
+}  // namespace
+
+#define HANDLER(name, binding) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(unet_jax_##name, name, binding.RemainingArgs().RemainingRets())
