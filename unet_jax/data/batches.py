@@ -113,7 +113,10 @@ class Loader:
             return self._take(*self._resident, places, weights)
         rows, sharding = self.rows[places], self.placement.batch
         images, labels = (_place(a, rows, sharding) for a in (self.split.images, self.split.labels))
-        return Batch(images, labels, _place(weights, np.arange(len(weights)), sharding))
+        batch = Batch(images, labels, _place(weights, np.arange(len(weights)), sharding))
+        # On a CPU a step whose inputs are not ready goes to another thread, whose heap does not keep its memory: twice
+        # the memory, and a quarter of a step's time to zero it (cpu/memory.py).
+        return jax.block_until_ready(batch) if self.placement.platform == "cpu" else batch
 
 
 class Parts(NamedTuple):
