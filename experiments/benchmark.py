@@ -3,10 +3,12 @@
 Every contender of a cell (variant, train step or inference, picture size, batch) has a process of its own, and they run
 in turn, so that a drift of the machine's speed hits all alike; read the ratios, not the seconds. A step is one on a
 constant batch that lies on the device: training is forward, loss, gradient and Adam; inference is pictures to logits.
+"ours" computes in what a new run's `--precision auto` would.
 PyTorch runs channels_last, on a GPU with bfloat16 autocast: eager as it is, on the CPU also with the settings of malloc
 that ours has ("kept", `cpu.memory.keep_freed_memory`), and through torch.compile with them (inference; on a GPU
-training too). "linen" is our step with linen's own layers in place of ours. Peak memory is the device's on a GPU, else
-the process's, compilation included.
+training too). Where the CPU has instructions for bfloat16, PyTorch's autocast to it is a contender too. "linen" is our
+step with linen's own layers in place of ours. Peak memory is the device's on a GPU, else the process's, compilation
+included.
 """
 
 import dataclasses
@@ -35,12 +37,13 @@ from profile_step import constant_batch, set_up
 from torch.utils.flop_counter import FlopCounterMode
 
 from unet_jax import device, plots, runs, train
-from unet_jax.config import PUBLISHED, VARIANTS
+from unet_jax.config import PUBLISHED, VARIANTS, Precision
 from unet_jax.cpu.memory import keep_freed_memory
 from unet_jax.data.batches import Batch
 from unet_jax.errors import InputError, exit_on_input_error
 
 ON_GPU = torch.cuda.is_available()  # asking JAX would start its backend, before contend has set what it starts with
+CPU_FLAGS = {"amx_bf16", "avx512_bf16", "avx512f", "avx2"}  # of /proc/cpuinfo: those that decide
 Work = Literal["train", "inference"]
 
 
@@ -62,9 +65,17 @@ class Options:
     """Folder for benchmark.json, benchmark.md and benchmark.png."""
 
 
-def ours(variant: str, work: Work, batch: Batch, layers: Any = None) -> Callable[[], Any]:
+def cpu_features() -> list[str]:
+    """Those of CPU_FLAGS that this CPU has, where /proc/cpuinfo tells."""
+    info = Path("/proc/cpuinfo")
+    return sorted(CPU_FLAGS & set(info.read_text().split())) if info.exists() else []
+
+
+def ours(
+    variant: str, work: Work, batch: Batch, layers: Any = None, precision: Precision = "auto"
+) -> Callable[[], Any]:
     """A function that does one step of ours, maybe with other layers, and waits for it."""
-    network, steps, state, batch = set_up(variant, batch, layers)
+    network, steps, state, batch = set_up(variant, batch, layers, precision)
     if work == "inference":
         options = device.compiler_options(device.placement().platform)
         infer = jax.jit(functools.partial(train.infer, model=network), compiler_options=options)
@@ -112,7 +123,7 @@ LINEN = types.SimpleNamespace(
 )
 
 
-def theirs(variant: str, work: Work, batch: Batch, compiled: bool) -> Callable[[], Any]:
+def theirs(variant: str, work: Work, batch: Batch, compiled: bool, half: bool = ON_GPU) -> Callable[[], Any]:
     """The same of PyTorch, with what its users would turn on."""
     row, where = VARIANTS[variant], "cuda" if ON_GPU else "cpu"
     torch.backends.cudnn.benchmark = True
@@ -122,7 +133,7 @@ def theirs(variant: str, work: Work, batch: Batch, compiled: bool) -> Callable[[
     network.train(work == "train")
     forward = torch.compile(network) if compiled else network
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
-    autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16, enabled=ON_GPU)
+    autocast = functools.partial(torch.autocast, where, torch.bfloat16, enabled=half)
 
     def synchronize(value: Any) -> None:
         if ON_GPU:
@@ -145,12 +156,15 @@ def theirs(variant: str, work: Work, batch: Batch, compiled: bool) -> Callable[[
 
 CONTENDERS: dict[str, Callable[[str, Work, Batch], Callable[[], Any]]] = {
     "ours": ours,
-    "linen": functools.partial(ours, layers=LINEN),
+    "ours, float32": functools.partial(ours, precision="float32"),
+    "linen": functools.partial(ours, layers=LINEN, precision="auto" if ON_GPU else "float32"),
     "eager": functools.partial(theirs, compiled=False),
     "eager, kept": functools.partial(theirs, compiled=False),
     "compile, kept": functools.partial(theirs, compiled=True),
+    "eager, bfloat16": functools.partial(theirs, compiled=False, half=True),
+    "compile, bfloat16": functools.partial(theirs, compiled=True, half=True),
 }
-IN_JAX = ("ours", "linen")
+IN_JAX = ("ours", "ours, float32", "linen")
 
 
 def peak_memory(name: str) -> int:
@@ -200,10 +214,15 @@ def measure(names: Sequence[str], repeats: int, *cell: Any) -> tuple[dict[str, l
     return times, peaks
 
 
+def precision() -> Precision:
+    """What "ours" computes in."""
+    return device.fastest_precision(device.placement())
+
+
 def matrix_peak() -> float:
     """FLOP/s of a large matrix product in the precision of training: what the device can do at best."""
     n = 8192 if ON_GPU else 2048
-    a = jnp.ones((n, n), device.compute_dtype("auto", device.placement().platform))
+    a = jnp.ones((n, n), precision())
     product, seconds = jax.jit(jnp.matmul), []
     for _ in range(20):
         start = time.perf_counter()
@@ -215,7 +234,15 @@ def matrix_peak() -> float:
 def cell(options: Options, variant: str, work: Work, size: int, batch: int) -> dict[str, Any]:
     """The times of one cell, and what follows from them."""
     compiled = options.torch_compile and (ON_GPU or work == "inference")
-    left_out = {"linen": not options.linen, "eager, kept": ON_GPU, "compile, kept": not compiled}
+    has_half = not ON_GPU and bool({"amx_bf16", "avx512_bf16"} & set(cpu_features()))
+    left_out = {
+        "ours, float32": ON_GPU or precision() == "float32",
+        "linen": not options.linen,
+        "eager, kept": ON_GPU,
+        "compile, kept": not compiled,
+        "eager, bfloat16": not has_half,
+        "compile, bfloat16": not (has_half and compiled),
+    }
     names = [name for name in CONTENDERS if not left_out.get(name)]
     times, peaks = measure(names, options.repeats, variant, work, size, batch)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -231,21 +258,23 @@ def cell(options: Options, variant: str, work: Work, size: int, batch: int) -> d
         "ratio": statistics.median(to_best), "ratio_range": [min(to_best), max(to_best)],
         "eager_ratio": statistics.median(to_eager), "medians": medians, "peak_bytes": peaks,
         "images_per_second": batch / medians["ours"], "flop_per_second": flops / medians["ours"],
+        "precision": precision(),
     }  # fmt: skip
 
 
 def table(cells: list[dict[str, Any]], peak: float) -> str:
     """Markdown, a row a cell."""
     head = [
-        "variant", "work", "size", "batch", "ours, s", "PyTorch's best, s", "ratio (min to max)", "to plain eager",
-        "images/s", "of peak", "linen / ours", "peak memory, ours / eager",
+        "variant", "work", "size", "batch", "ours, s", "PyTorch's best, s", "ratio (min to max)", "ours in float32, s",
+        "to plain eager", "images/s", "of peak", "linen / ours", "peak memory, ours / eager",
     ]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for c in cells:
         (low, high), medians = c["ratio_range"], c["medians"]
         row = (
-            c["variant"], c["work"], c["size"], c["batch"], f"{medians['ours']:.4g}",
+            c["variant"], c["work"], c["size"], c["batch"], f"{medians['ours']:.4g} ({c['precision']})",
             f"{medians[c['best_torch']]:.4g} ({c['best_torch']})", f"{c['ratio']:.2f} ({low:.2f} to {high:.2f})",
+            f"{medians['ours, float32']:.4g}" if "ours, float32" in medians else "-",
             f"{c['eager_ratio']:.2f}", f"{c['images_per_second']:.1f}", f"{c['flop_per_second'] / peak:.0%}",
             f"{medians['linen'] / medians['ours']:.2f}" if "linen" in medians else "-",
             " / ".join(f"{c['peak_bytes'][name] / 1e9:.2f} GB" for name in ("ours", "eager")),
@@ -259,9 +288,12 @@ def main() -> None:
     if (jax.default_backend() == "gpu") != ON_GPU:
         raise InputError("of JAX and PyTorch only one sees a GPU: install the other's CUDA build, or hide the GPU")
     options.out.mkdir(parents=True, exist_ok=True)
-    environment = {**runs.environment(), "torch": torch.__version__, "processor": platform.processor()}
+    processor = {"processor": platform.processor(), "features": cpu_features()}
+    environment = {**runs.environment(), "torch": torch.__version__, **processor}
     peak, cells = matrix_peak(), []
-    print(f"{device.describe()}; matrix peak {peak / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
+    print(
+        f"{device.describe()} with {', '.join(cpu_features())}; matrix peak {peak / 1e9:.0f} GFLOP/s in {precision()}"
+    )
     for variant in options.variants:
         for work in options.work:
             for size in options.sizes:

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from unet_jax import device, runs, train
-from unet_jax.config import default_config
+from unet_jax.config import Precision, default_config
 from unet_jax.cpu.memory import keep_freed_memory
 from unet_jax.data.batches import Batch
 from unet_jax.errors import exit_on_input_error
@@ -38,6 +38,8 @@ class Options:
     """Traced training steps."""
     rows: int = 30
     """Rows of the table."""
+    precision: Precision = "auto"
+    """What the layers compute in."""
     out: Path = Path("trace")
     """Folder of the trace."""
 
@@ -49,9 +51,13 @@ def constant_batch(size: int, count: int) -> Batch:
     return Batch(images, labels, np.ones(count, np.float32))
 
 
-def set_up(variant: str, batch: Batch, layers: Any = None) -> tuple[UNet, train.Steps, train.TrainState, Batch]:
+def set_up(
+    variant: str, batch: Batch, layers: Any = None, precision: Precision = "auto"
+) -> tuple[UNet, train.Steps, train.TrainState, Batch]:
     """A variant's network, its steps, its fresh state and the batch, both on the device; maybe with other layers."""
     config, place = default_config(variant, "synthetic"), device.placement()
+    precision = device.fastest_precision(place) if precision == "auto" else precision
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
     state = jax.device_put(runs.fresh_state(config, place), place.replicated)
     model = train.make_model(config.model, len(config.data.class_names), place)
     model = model.clone(layers=layers or model.layers)
@@ -82,7 +88,8 @@ def layer_of(hlo: str) -> dict[str, str]:
 
 def main(options: Options) -> None:
     keep_freed_memory()  # as run.py does
-    _, steps, state, batch = set_up(options.variant, constant_batch(options.image_size, options.batch_size))
+    batch = constant_batch(options.image_size, options.batch_size)
+    _, steps, state, batch = set_up(options.variant, batch, precision=options.precision)
     step = steps.train.lower(state, batch).compile()  # type: ignore[attr-defined]
     state, _ = jax.block_until_ready(step(state, batch))
     with jax.profiler.trace(options.out):

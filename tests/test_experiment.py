@@ -14,7 +14,7 @@ from PIL import Image
 
 import unet_jax
 from unet_jax import device, experiment, runs
-from unet_jax.config import ModelConfig, RunConfig, default_config
+from unet_jax.config import ModelConfig, RunConfig, default_config, to_dict
 from unet_jax.errors import InputError, names_for_flags
 from unet_jax.signals import noticing
 
@@ -43,6 +43,7 @@ def state_of(folder: Path):
 def test_a_run_from_python_trains_goes_on_and_predicts(run, capsys):
     folder = run(small(1))
     assert {"config.json", "metrics.jsonl", "summary.json", "results.png"} <= {path.name for path in folder.iterdir()}
+    assert runs.read_config(folder).model.precision == device.fastest_precision(device.placement())
     before = (folder / "metrics.jsonl").read_bytes()
     capsys.readouterr()
     assert run(small(1)) == folder
@@ -136,3 +137,24 @@ def test_in_a_thread_no_signal_is_noticed():
     thread.start()
     thread.join()
     assert found == [([], before)]
+
+
+def test_auto_precision_is_settled_when_a_run_begins_and_kept_when_it_goes_on(tmp_path, monkeypatch, capsys):
+    def settled(precision: str, fastest: str, overwrite: bool = False) -> str:
+        monkeypatch.setattr(device, "fastest_precision", lambda placement: fastest)
+        config = dataclasses.replace(small(1), model=ModelConfig(widths=(4, 4), precision=precision))
+        return experiment.settle_precision(config, tmp_path, device.placement(), overwrite).model.precision
+
+    def has(precision: str) -> None:
+        config = dataclasses.replace(small(1), model=ModelConfig(widths=(4, 4), precision=precision))
+        runs.write_json(tmp_path / "config.json", to_dict(config))
+
+    assert [settled("auto", fastest) for fastest in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    assert settled("float32", "bfloat16") == "float32"
+    for stored in ("float32", "bfloat16", "auto"):  # auto: of an older version, float32 on a CPU as it was
+        has(stored)
+        assert [settled("auto", fastest) for fastest in ("float32", "bfloat16")] == [stored, stored]
+    assert settled("auto", "bfloat16", overwrite=True) == "bfloat16"
+    assert not capsys.readouterr().err
+    assert settled("bfloat16", "float32") == "bfloat16"
+    assert "bfloat16 is slower than float32 here" in capsys.readouterr().err

@@ -77,10 +77,19 @@ def placement(devices: Sequence[jax.Device] | None = None) -> Placement:
 
 
 def compute_dtype(precision: Precision, platform: str) -> DTypeLike:
-    """The dtype that layers compute in: "auto" is bfloat16 where there are matrix units for it."""
+    """The dtype that layers compute in. A run's "auto" is one of an older version: it was not settled when it began."""
     if precision == "auto":
         return jnp.float32 if platform == "cpu" else jnp.bfloat16
     return jnp.dtype(precision)
+
+
+def fastest_precision(placement: Placement) -> Precision:
+    """What "auto" is in a run that begins: bfloat16 on an accelerator, and on one CPU that has matrix units for it."""
+    if placement.platform != "cpu":
+        return "bfloat16"
+    from unet_jax.cpu.library import has_bfloat16
+
+    return "bfloat16" if placement.devices == 1 and has_bfloat16() else "float32"
 
 
 def fast_layers(placement: Placement) -> Any:

@@ -88,6 +88,7 @@ def train_run(
     deterministic: bool = False,
 ) -> None:
     """`run` of a config whose dataset is resolved and complete, on these devices."""
+    config = settle_precision(config, folder, placement, overwrite)
     if done := _epochs_done(folder, config, overwrite):
         print(f"{folder} has its {done} epochs already: give more --epochs, or --overwrite to start anew")
         return
@@ -115,6 +116,21 @@ def train_run(
         steps = make_steps(config, placement, steps_per_epoch, deterministic)
         state, records = train_epochs(config, folder, steps, parts, start)
         write_results(config, folder, steps, state, records, parts)
+
+
+def settle_precision(config: RunConfig, folder: Path, placement: Placement, overwrite: bool) -> RunConfig:
+    """The config with the precision "auto" settled: that of the run that goes on in the folder, else the fastest.
+
+    It is written settled, so that a run that goes on elsewhere does not change it without a word.
+    """
+    fastest, precision = device.fastest_precision(placement), config.model.precision
+    if precision == "bfloat16" and fastest == "float32":
+        print("bfloat16 is slower than float32 here: it needs a GPU, or one CPU with AMX", file=sys.stderr)
+    if precision != "auto":
+        return config
+    goes_on = not overwrite and (folder / "config.json").exists()
+    precision = runs.read_config(folder).model.precision if goes_on else fastest
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
 
 
 def divide(config: RunConfig, splits: Mapping[str, Split], placement: Placement) -> Parts:

@@ -77,14 +77,13 @@ def describe(config: RunConfig, step: int, artifact: bytes, version: int) -> dic
 def export_run(run: Path, out: Path) -> dict[str, Any]:
     """Writes a run's checkpoint (that of `runs.load`) to `out` as ARTIFACT, and model.json; returns what that says.
 
-    Layers compute in float32 unless the config says bfloat16: the artifact is for any device.
+    Its layers compute in float32, whatever the run's did: the artifact is for any device.
 
     Raises:
       InputError: there is no run or no complete checkpoint, `out` cannot be written, or flatbuffers is not installed.
     """
     config, restored = runs.load(run, device.placement())
-    if config.model.precision == "auto":
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="float32"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="float32"))
     exported = export_step(config, jax.device_get(inference_state(restored.state)))
     try:
         artifact = bytes(exported.serialize())

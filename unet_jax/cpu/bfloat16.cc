@@ -96,6 +96,7 @@ struct Block {
   int64_t origin() const { return 1 + width(); }  // the position before all, and the row before
   int64_t phase() const { return origin() + positions() + width() + 2 * kPair; }  // whole tiles at the end, of zeros
   int64_t size() const { return step * step * phase() * pixel(); }
+  Block of(int64_t first, int64_t last) const { return {n, h, w, step, first, last, in}; }
 
   // Row `row` of parts, from first - 1 to last, to its place in the block at x.
   void gather(const Parts& parts, int64_t row, Half* x) const {
@@ -121,7 +122,18 @@ struct Block {
     }
   }
 
-  // Those of a kernel of side 1 or 3, whose output (i, j) sees step * (i, j) in its middle.
+  // The pixel of [n, out_h, out_w] that each position (i, j) is in the output, scale * (i, j) + the odd ones; -1: none.
+  std::vector<int64_t> outputs(int64_t scale, int64_t odd_row, int64_t odd_column, int64_t out_h, int64_t out_w) const {
+    std::vector<int64_t> all(positions(), -1);
+    for (int64_t q = 0; q < positions(); q++) {
+      int64_t row = first + q / width(), i = row % (h + 1), j = q % width();
+      int64_t to_i = scale * i + odd_row, to_j = scale * j + odd_column;
+      if (i < h && j < w && to_i < out_h && to_j < out_w) all[q] = (row / (h + 1) * out_h + to_i) * out_w + to_j;
+    }
+    return all;
+  }
+
+  // The taps of a kernel of side 1 or 3, whose output (i, j) sees step * (i, j) in its middle.
   std::vector<Tap> taps(int64_t side) const {
     if (side == 1) return {{0, 0}};
     std::vector<Tap> all;
@@ -218,29 +230,34 @@ void pack(const float* kernel, int64_t in, int64_t out, bool turned, int64_t i, 
   }
 }
 
-// sums [32, 32] = of the 32 positions at x all their taps' products, for the kernels [chunk][tap] of a strip.
-void product(const Half* x, int64_t pixel, int64_t chunks, const std::vector<Tap>& taps, int64_t all_taps,
-             const Half* kernels, float* sums) {
+// sums [32, 32], `row` floats apart, (+)= the products of tiles that each(product) calls product(left, right) for. The
+// left ones' rows are `left_row` Halfs apart, and the second right one lies `right_next` behind the first.
+template <typename Each>
+void multiply(float* sums, int64_t row, bool add, int64_t left_row, int64_t right_next, const Each& each) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t chunk = 0; chunk < chunks; chunk++, x += kPair, kernels += all_taps * kTiles)
-    for (const Tap& tap : taps) {
-      const Half *left = x + tap.from * pixel, *right = kernels + tap.index * kTiles;
-      _tile_loadd(4, left, 2 * pixel);
-      _tile_loadd(6, right, 64);
-      _tile_loadd(7, right + kTiles / 2, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, left + 16 * pixel, 2 * pixel);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  _tile_stored(0, sums, 4 * kPair);
-  _tile_stored(1, sums + 16, 4 * kPair);
-  _tile_stored(2, sums + 16 * kPair, 4 * kPair);
-  _tile_stored(3, sums + 16 * kPair + 16, 4 * kPair);
+  if (add) {
+    _tile_loadd(0, sums, 4 * row);
+    _tile_loadd(1, sums + 16, 4 * row);
+    _tile_loadd(2, sums + 16 * row, 4 * row);
+    _tile_loadd(3, sums + 16 * row + 16, 4 * row);
+  }
+  each([&](const Half* left, const Half* right) {
+    _tile_loadd(4, left, 2 * left_row);
+    _tile_loadd(6, right, 64);
+    _tile_loadd(7, right + right_next, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, left + 16 * left_row, 2 * left_row);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  });
+  _tile_stored(0, sums, 4 * row);
+  _tile_stored(1, sums + 16, 4 * row);
+  _tile_stored(2, sums + 16 * row, 4 * row);
+  _tile_stored(3, sums + 16 * row + 16, 4 * row);
 }
 
 // sums [count, 32] plus bias to those pixels of a strip's y that there are.
@@ -281,27 +298,23 @@ void convolve(ffi::ThreadPool& pool, const Parts& parts, Array kernel, bool turn
            kernels + (item * taps + (turned && !transposed ? taps - 1 - tap : tap)) * kTiles);
   });
   parallel_blocks(pool, all.n * (all.h + 1), rows_at_once(all), [&](int64_t first, int64_t last) {
-    Block block = all;
-    block.first = first;
-    block.last = last;
+    Block block = all.of(first, last);
     auto* x = reinterpret_cast<Half*>(scratch.of(block.size() / 2));
     for (int64_t row = first - 1; row <= last; row++) block.gather(parts, row, x);
-    std::vector<int64_t> pixels(block.positions());
     Units units;
     alignas(64) float sums[kPair * kPair];
     for (int64_t phase = 0; phase < scale * scale; phase++) {
       int64_t odd_row = phase / 2, odd_column = phase % 2;
       auto seen = transposed ? block.transposed_taps(odd_row, odd_column) : block.taps(side);
-      for (int64_t q = 0; q < block.positions(); q++) {
-        int64_t row = first + q / block.width(), i = row % (block.h + 1), j = q % block.width();
-        int64_t to_i = scale * i + odd_row, to_j = scale * j + odd_column;
-        bool is_output = i < block.h && j < block.w && to_i < out_h && to_j < out_w;
-        pixels[q] = is_output ? (row / (block.h + 1) * out_h + to_i) * out_w + to_j : -1;
-      }
+      auto pixels = block.outputs(scale, odd_row, odd_column, out_h, out_w);
       for (size_t s = 0; s < strips.size(); s++) {
         const Half* own = kernels + s * chunks * taps * kTiles;
         for (int64_t q = 0; q < block.positions(); q += kPair) {
-          product(x + (block.origin() + q) * block.pixel(), block.pixel(), chunks, seen, taps, own, sums);
+          multiply(sums, kPair, false, block.pixel(), kTiles / 2, [&](auto product) {
+            const Half *from = x + (block.origin() + q) * block.pixel(), *tiles = own;
+            for (int64_t chunk = 0; chunk < chunks; chunk++, from += kPair, tiles += taps * kTiles)
+              for (const Tap& tap : seen) product(from + tap.from * block.pixel(), tiles + tap.index * kTiles);
+          });
           write(sums, pixels.data() + q, std::min(kPair, block.positions() - q), strips[s], bias);
         }
       }
@@ -321,121 +334,97 @@ void load_pairs(const Half* x, int64_t pixel, int64_t feature, __m512i* pairs) {
   for (int i = 0; i < 16; i++) pairs[i] = _mm512_or_si512(row(2 * i), _mm512_slli_epi32(row(2 * i + 1), 16));
 }
 
-// sums [32, 32] (+)= the products of 32 rows of left, `stride` apart, with pairs of positions on the right.
-void add_products(const Half* left, int64_t stride, const Half* right, int64_t right_tiles, int64_t count, float* sums,
-                  int64_t sums_row, bool add) {
-  float* at[4] = {sums, sums + 16, sums + 16 * sums_row, sums + 16 * sums_row + 16};
-  if (add) {
-    _tile_loadd(0, at[0], 4 * sums_row);
-    _tile_loadd(1, at[1], 4 * sums_row);
-    _tile_loadd(2, at[2], 4 * sums_row);
-    _tile_loadd(3, at[3], 4 * sums_row);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+// Rows of pictures and of gradients, turned for sums over the positions: `left` has the pictures' features in rows and
+// positions along them, `right` the tiles of pairs of positions of the gradients.
+struct Turned {
+  Block x_block, g_block;  // of as many rows as there is room for
+  int64_t count = ceil_div(x_block.positions(), kPair);
+  int64_t stride = padded(count * kPair + 2 * x_block.origin()) + kPair;
+  int64_t phases = x_block.step * x_block.step, in = padded(x_block.in), out = padded(g_block.in);
+  int64_t x_size = x_block.size(), g_size = g_block.size(), left_size = phases * in * stride;
+  int64_t floats = (x_size + g_size + left_size + out * count * kPair) / 2;
+
+  // sums [taps, in, out] (+)= the products of rows [first, last), by run(count, item).
+  template <typename Run>
+  void add(const Parts& parts, const Pictures& g, int64_t side, int64_t first, int64_t last, float* memory, float* sums,
+           bool add, const Run& run) const {
+    Half* x = reinterpret_cast<Half*>(memory);
+    Half *gradients = x + x_size, *left = gradients + g_size, *right = left + left_size;
+    Block from = x_block.of(first, last), g_from = g_block.of(first, last);
+    int64_t own = ceil_div(from.positions(), kPair), pixel = from.pixel(), g_pixel = g_from.pixel();
+    run(last - first + 2, [&](int64_t row) {
+      from.gather(parts, first - 1 + row, x);
+      g_from.gather({g}, first - 1 + row, gradients);
+    });
+    // What is beyond the rows' own positions counts as zero, once: in g.
+    std::memset(gradients + (g_from.origin() + g_from.positions()) * g_pixel, 0, 2 * kPair * g_pixel);
+    run(phases * in / 16 + out / 16, [&](int64_t item) {
+      __m512i pairs[16];
+      if (int64_t tile = item - phases * in / 16; tile >= 0) {
+        for (int64_t k = 0; k < own; k++) {
+          load_pairs(gradients + (g_from.origin() + k * kPair) * g_pixel, g_pixel, 16 * tile, pairs);
+          std::memcpy(right + (tile * count + k) * kTiles / 2, pairs, kTiles);
+        }
+        return;
+      }
+      int64_t phase = item / (in / 16), feature = item % (in / 16) * 16;
+      for (int64_t p = 0; p < own * kPair + 2 * from.origin(); p += kPair) {
+        load_pairs(x + (phase * from.phase() + p) * pixel, pixel, feature, pairs);
+        transpose(pairs, left + (phase * in + feature) * stride + p, stride / 2);
+      }
+    });
+    auto taps = from.taps(side);
+    run(out / kPair * (in / kPair), [&](int64_t item) {
+      int64_t o = item / (in / kPair) * kPair, i = item % (in / kPair) * kPair;
+      Units units;
+      for (const Tap& tap : taps) {
+        int64_t phase = (from.origin() + tap.from) / from.phase(), at = (from.origin() + tap.from) % from.phase();
+        const Half *rows = left + (phase * in + i) * stride + at, *tiles = right + o * count * kPair;
+        multiply(sums + (tap.index * in + i) * out + o, out, add, stride, count * kTiles / 2, [&](auto product) {
+          for (int64_t k = 0; k < own; k++) product(rows + k * kPair, tiles + k * kTiles / 2);
+        });
+      }
+    });
   }
-  for (int64_t k = 0; k < count; k++, left += kPair, right += kTiles / 2) {
-    _tile_loadd(4, left, 2 * stride);
-    _tile_loadd(6, right, 64);
-    _tile_loadd(7, right + right_tiles, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, left + 16 * stride, 2 * stride);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, at[0], 4 * sums_row);
-  _tile_stored(1, at[1], 4 * sums_row);
-  _tile_stored(2, at[2], 4 * sums_row);
-  _tile_stored(3, at[3], 4 * sums_row);
-}
+};
 
 // Of the convolution of parts of that step to its kernel [side, side, in, out], for its output's gradient g.
 void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& g, int64_t step,
                      ffi::Result<Array> kernel) {
   int64_t side = kernel->dimensions()[0], taps = side * side, in = features(parts), out = g.c;
-  int64_t all_in = padded(in), all_out = padded(out), size = taps * all_in * all_out;
-  Block all{g.n, g.h, g.w, step, 0, 0, in}, all_g{g.n, g.h, g.w, 1, 0, 0, out};
-  int64_t rows = g.n * (g.h + 1), most = std::max<int64_t>(1, kSummed / all.width());
+  Block x_block{g.n, g.h, g.w, step, 0, 0, in}, g_block{g.n, g.h, g.w, 1, 0, 0, out};
+  int64_t rows = g.n * (g.h + 1), most = std::max<int64_t>(1, kSummed / x_block.width());
   // Either a thread sums over a group of rows by itself, or, where its cache does not hold the sums, all threads go
   // through the rows together and each has sums of its own.
+  int64_t size = taps * padded(in) * padded(out);
   bool own_rows = size <= kCached / 2;
   int64_t groups = own_rows ? std::min(kGroups, ceil_div(rows, most)) : 1, share = ceil_div(rows, groups);
-  Block largest = all, largest_g = all_g;
-  largest.last = largest_g.last = std::min(most, share);
-  int64_t count = ceil_div(largest.positions(), kPair), phases = step * step;
-  int64_t stride = padded(count * kPair + 2 * largest.origin()) + kPair;  // of left: features in rows, positions along
-  int64_t x_size = largest.size(), g_size = largest_g.size(), left_size = phases * all_in * stride,
-          right_size = all_out * count * kPair, workspace = (x_size + g_size + left_size + right_size) / 2;
-  bool is_whole = groups == 1 && in == all_in && out == all_out;  // the sums are the kernel's gradient itself
+  most = std::min(most, share);
+  Turned turned{x_block.of(0, most), g_block.of(0, most)};
+  bool is_whole = groups == 1 && in == padded(in) && out == padded(out);  // the sums are the kernel's gradient itself
   Buffer memory;
-  float* space = memory.of((is_whole ? 0 : groups * size) + (own_rows ? 0 : workspace));
+  float* space = memory.of((is_whole ? 0 : groups * size) + (own_rows ? 0 : turned.floats));
   float* all_sums = is_whole ? kernel->typed_data() : space;
-
-  auto sum = [&](int64_t group, auto run) {
-    float* sums = all_sums + group * size;
-    auto* x = reinterpret_cast<Half*>(own_rows ? scratch.of(workspace) : space + (is_whole ? 0 : size));
-    Half *gradients = x + x_size, *left = gradients + g_size, *right = left + left_size;
+  auto sum = [&](int64_t group, float* workspace, auto run) {
     int64_t begin = group * share, end = std::min(rows, begin + share);
-    if (begin >= end) std::fill(sums, sums + size, 0.f);
-    for (int64_t first = begin; first < end; first += most) {
-      Block block = all, g_block = all_g;
-      block.first = g_block.first = first;
-      block.last = g_block.last = std::min(end, first + most);
-      int64_t own = ceil_div(block.positions(), kPair);
-      run(block.last - first + 2, [&](int64_t row) {
-        block.gather(parts, first - 1 + row, x);
-        g_block.gather({g}, first - 1 + row, gradients);
-      });
-      // What is beyond the block's own positions counts as zero, once: in g.
-      std::memset(gradients + (g_block.origin() + g_block.positions()) * g_block.pixel(), 0,
-                  2 * kPair * g_block.pixel());
-      run(phases * all_in / 16, [&](int64_t item) {
-        int64_t phase = item / (all_in / 16), feature = item % (all_in / 16) * 16;
-        const Half* from = x + phase * block.phase() * block.pixel();
-        Half* to = left + (phase * all_in + feature) * stride;
-        for (int64_t p = 0; p < own * kPair + 2 * block.origin(); p += kPair) {
-          __m512i pairs[16];
-          load_pairs(from + p * block.pixel(), block.pixel(), feature, pairs);
-          transpose(pairs, to + p, stride / 2);
-        }
-      });
-      run(all_out / 16, [&](int64_t tile) {
-        for (int64_t k = 0; k < own; k++) {
-          __m512i pairs[16];
-          load_pairs(gradients + (g_block.origin() + k * kPair) * g_block.pixel(), g_block.pixel(), 16 * tile, pairs);
-          std::memcpy(right + (tile * count + k) * kTiles / 2, pairs, kTiles);
-        }
-      });
-      auto seen = block.taps(side);
-      run(all_out / kPair * (all_in / kPair), [&](int64_t item) {
-        int64_t o = item / (all_in / kPair), i = item % (all_in / kPair);
-        Units units;
-        for (const Tap& tap : seen) {
-          int64_t phase = (block.origin() + tap.from) / block.phase(),
-                  at = block.origin() + tap.from - phase * block.phase();
-          add_products(left + (phase * all_in + i * kPair) * stride + at, stride, right + 2 * o * count * kTiles / 2,
-                       count * kTiles / 2, own, sums + (tap.index * all_in + i * kPair) * all_out + o * kPair, all_out,
-                       first > begin);
-        }
-      });
-    }
+    if (begin >= end) std::fill_n(all_sums + group * size, size, 0.f);
+    for (int64_t first = begin; first < end; first += most)
+      turned.add(parts, g, side, first, std::min(end, first + most), workspace, all_sums + group * size, first > begin,
+                 run);
   };
-  auto alone = [](int64_t count, const auto& item) {
-    for (int64_t i = 0; i < count; i++) item(i);
-  };
-  auto together = [&](int64_t count, const auto& item) { parallel(pool, count, item); };
   if (own_rows)
-    parallel(pool, groups, [&](int64_t group) { sum(group, alone); });
+    parallel(pool, groups, [&](int64_t group) {
+      sum(group, scratch.of(turned.floats), [](int64_t count, const auto& item) {
+        for (int64_t i = 0; i < count; i++) item(i);
+      });
+    });
   else
-    sum(0, together);
+    sum(0, space + (is_whole ? 0 : size), [&](int64_t count, const auto& item) { parallel(pool, count, item); });
   if (is_whole) return;
   parallel_blocks(pool, taps * in, 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++)
       for (int64_t o = 0; o < out; o++) {
-        const float* from = all_sums + (r / in * all_in + r % in) * all_out + o;
+        const float* from = all_sums + (r / in * padded(in) + r % in) * padded(out) + o;
         float value = *from;
         for (int64_t group = 1; group < groups; group++) value += from[group * size];
         kernel->typed_data()[r * out + o] = value;
