@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from unet_jax.checks import check_config, check_size
 from unet_jax.config import (
     PUBLISHED,
     VARIANTS,
@@ -13,8 +14,6 @@ from unet_jax.config import (
     ModelConfig,
     RunConfig,
     TrainConfig,
-    check_config,
-    check_size,
     default_config,
     differences,
     from_dict,

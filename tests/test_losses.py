@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unet_jax.config import IGNORE_LABEL, loss_terms
+from unet_jax.checks import loss_terms
+from unet_jax.config import IGNORE_LABEL
 from unet_jax.errors import InputError
 from unet_jax.losses import LOSSES, make_loss
 

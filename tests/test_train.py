@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from unet_jax import device, layers, runs, train
+from unet_jax import device, layers, loop, runs, train
 from unet_jax.config import PUBLISHED, DataConfig, ModelConfig, RunConfig, TrainConfig, default_config
 from unet_jax.data.batches import Batch, Loader, shuffled, validation_rows
 from unet_jax.data.cache import Split
@@ -54,13 +54,13 @@ def loaders(placement: device.Placement) -> tuple[Loader, Loader]:
     return Loader(random_split(10), 4, placement), Loader(random_split(6, seed=1), 4, placement)
 
 
-def epochs_of(results) -> list[train.EpochResult]:
-    return [r for r in results if isinstance(r, train.EpochResult)]
+def epochs_of(results) -> list[loop.EpochResult]:
+    return [r for r in results if isinstance(r, loop.EpochResult)]
 
 
 def test_training_learns_and_records_every_metric(placement, steps):
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, epochs=30))
-    results = epochs_of(train.fit(config, steps, fresh_state(config, placement), *loaders(placement)))
+    results = epochs_of(loop.fit(config, steps, fresh_state(config, placement), *loaders(placement)))
     first, last = results[0].record, results[-1].record
     assert [r.record["epoch"] for r in results] == list(range(1, 31))
     assert last["test_loss"] < 0.6 * first["test_loss"]
@@ -77,7 +77,7 @@ def test_two_shapes_in_training_and_one_in_evaluation(placement, monkeypatch):
     monkeypatch.setattr(train, "train_step", chex.assert_max_traces(train.train_step, n=2))
     monkeypatch.setattr(train, "eval_step", chex.assert_max_traces(train.eval_step, n=1))
     steps = train.make_steps(CONFIG, placement, 3)
-    results = epochs_of(train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
+    results = epochs_of(loop.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
     assert len(results) == 2
     # The guard works: one more shape is one too many.
     with pytest.raises(AssertionError, match="traced"):
@@ -85,7 +85,7 @@ def test_two_shapes_in_training_and_one_in_evaluation(placement, monkeypatch):
 
 
 def test_same_seed_same_bits_other_seed_other(placement, steps):
-    runs = [epochs_of(train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement))) for _ in range(2)]
+    runs = [epochs_of(loop.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement))) for _ in range(2)]
     chex.assert_trees_all_equal(runs[0][-1].state, runs[1][-1].state)
     other = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, seed=1))
     kernels = [fresh_state(c, placement).params["head"]["kernel"] for c in (CONFIG, other)]
@@ -93,11 +93,11 @@ def test_same_seed_same_bits_other_seed_other(placement, steps):
 
 
 def test_going_on_from_mid_epoch_is_exact(placement, steps):
-    whole = list(train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
-    part = train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement))
-    cut = next(r for r in part if isinstance(r, train.StepResult) and (r.epoch, r.step_of_epoch) == (2, 2))
+    whole = list(loop.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
+    part = loop.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement))
+    cut = next(r for r in part if isinstance(r, loop.StepResult) and (r.epoch, r.step_of_epoch) == (2, 2))
     losses = [*cut.losses, float(cut.loss)]
-    rest = epochs_of(train.fit(CONFIG, steps, cut.state, *loaders(placement), losses=losses))
+    rest = epochs_of(loop.fit(CONFIG, steps, cut.state, *loaders(placement), losses=losses))
     assert [r.record["epoch"] for r in rest] == [2]
     chex.assert_trees_all_equal(rest[-1].state, whole[-1].state)
     for key in ("train_loss", "last_batch_loss", "test_loss", "mean_iou"):
@@ -106,7 +106,7 @@ def test_going_on_from_mid_epoch_is_exact(placement, steps):
 
 def test_published_test_loss_is_the_mean_of_batch_means(placement, steps):
     state, (_, test) = fresh_state(CONFIG, placement), loaders(placement)
-    record, sums = train.evaluate(steps.evaluate, state, test, CONFIG.data.class_names)
+    record, sums = loop.evaluate(steps.evaluate, state, test, CONFIG.data.class_names)
     loss = train.make_loss("log_dice")
     model = train.make_model(CONFIG.model, 3, placement)
     parts = [slice(0, 4), slice(4, 6)]
@@ -119,8 +119,8 @@ def test_published_test_loss_is_the_mean_of_batch_means(placement, steps):
 def test_a_non_finite_loss_is_named(placement, steps):
     state = fresh_state(CONFIG, placement)
     state = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
-    with pytest.raises(train.NonFiniteLossError, match=r"nan at step 1 \(epoch 1\)"):
-        list(train.fit(CONFIG, steps, state, *loaders(placement)))
+    with pytest.raises(loop.NonFiniteLossError, match=r"nan at step 1 \(epoch 1\)"):
+        list(loop.fit(CONFIG, steps, state, *loaders(placement)))
 
 
 def test_order_of_batches(placement):
@@ -205,8 +205,8 @@ def test_average_of_parameters_has_its_own_batch_statistics(placement):
     model = train.make_model(config.model, 3, placement)
     fresh = train.init_state(model, train.make_optimizer(config.train, 3), 0, ema=0.5)
     trajectory, epochs = [], []
-    for result in train.fit(config, steps, jax.device_put(fresh, placement.replicated), loader, test):
-        if isinstance(result, train.EpochResult):
+    for result in loop.fit(config, steps, jax.device_put(fresh, placement.replicated), loader, test):
+        if isinstance(result, loop.EpochResult):
             epochs.append(jax.device_get(result))
         else:
             trajectory.append(jax.device_get(result.state.params))

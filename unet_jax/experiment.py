@@ -13,17 +13,19 @@ import jax
 
 from unet_jax import checkpoint, device, processes, runs
 from unet_jax.checkpoint import Restored
-from unet_jax.config import RunConfig, check_config, differences, to_dict
+from unet_jax.checks import check_config
+from unet_jax.config import RunConfig, differences, to_dict
 from unet_jax.data.batches import Loader, Parts, validation_rows
 from unet_jax.data.cache import Split
 from unet_jax.data.datasets import complete, load_splits, resolve
 from unet_jax.device import Placement
 from unet_jax.errors import InputError, names_for_flags
 from unet_jax.folders import default_cache_dir
+from unet_jax.loop import NonFiniteLossError, StepResult, fit
 from unet_jax.progress import Clock, Display
 from unet_jax.results import write_results
 from unet_jax.start import resume, start_from
-from unet_jax.train import NonFiniteLossError, StepResult, Steps, TrainState, fit, make_steps
+from unet_jax.train import Steps, TrainState, make_steps
 
 
 @names_for_flags()

@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from unet_jax.config import IGNORE_LABEL, loss_terms
+from unet_jax.checks import loss_terms
+from unet_jax.config import IGNORE_LABEL
 from unet_jax.errors import names_for_flags
 
 Loss = Callable[[Array, ArrayLike, ArrayLike | None], Array]
@@ -104,7 +105,7 @@ LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "log_dice": log_dice,
 
 @names_for_flags()
 def make_loss(text: str, class_weights: Sequence[float] = ()) -> Loss:
-    """The loss that a text such as "cross_entropy+0.5*soft_dice" names (config.loss_terms), as one function.
+    """The loss that a text such as "cross_entropy+0.5*soft_dice" names (checks.loss_terms), as one function.
 
     class_weights [C] are those of cross_entropy; the other terms have none.
 

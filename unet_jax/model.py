@@ -13,7 +13,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from unet_jax import layers as plain_layers
-from unet_jax.config import Downsampling, Upsampling, check_size
+from unet_jax.checks import check_size
+from unet_jax.config import Downsampling, Upsampling
 
 
 class DoubleConv(nn.Module):

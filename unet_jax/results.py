@@ -10,8 +10,9 @@ import numpy as np
 from unet_jax import plots, runs
 from unet_jax.config import RunConfig
 from unet_jax.data.batches import Parts
+from unet_jax.loop import evaluate
 from unet_jax.metrics import held_out, scores_csv, shown
-from unet_jax.train import Steps, TrainState, evaluate
+from unet_jax.train import Steps, TrainState
 
 
 def write_results(

@@ -108,8 +108,9 @@ def evaluate_run(options: Options) -> None:
     from unet_jax import device, runs
     from unet_jax.data.batches import Loader
     from unet_jax.folders import default_cache_dir
+    from unet_jax.loop import evaluate
     from unet_jax.metrics import scores_csv, shown
-    from unet_jax.train import evaluate, make_steps
+    from unet_jax.train import make_steps
 
     if options.examples is not None and options.examples < 1:
         raise InputError(f"--examples is {options.examples}: it must be at least 1")

@@ -10,13 +10,8 @@ from typing import TYPE_CHECKING, get_args
 
 import tyro
 
-from unet_jax.config import (
-    PUBLISHED,
-    DatasetName,
-    RunConfig,
-    check_config,
-    default_config,
-)
+from unet_jax.checks import check_config
+from unet_jax.config import PUBLISHED, DatasetName, RunConfig, default_config
 from unet_jax.errors import InputError, exit_on_input_error
 
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
