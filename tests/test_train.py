@@ -92,6 +92,26 @@ def test_same_seed_same_bits_other_seed_other(placement, steps):
     assert np.abs(kernels[0] - kernels[1]).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("ious", "patience", "over"),
+    [
+        ([], 1, False),
+        ([0.2], 1, False),
+        ([0.2, 0.3], 1, False),
+        ([0.2, 0.2], 1, True),  # as good is no better
+        ([0.3, 0.2], 2, False),
+        ([0.3, 0.2, 0.25], 2, True),
+        ([0.3, 0.2, 0.4, 0.1], 2, False),
+        ([0.3, 0.2, 0.25, 0.4], 2, True),  # once over it stays over
+        ([None, None, 0.1], 3, False),  # no pixel counted
+        ([None, None, None], 2, True),
+        ([0.3, 0.2, 0.1, 0.0], 0, False),
+    ],
+)
+def test_patience_is_over_after_so_many_epochs_without_a_better_one(ious, patience, over):
+    assert loop.out_of_patience([{"validation_mean_iou": iou} for iou in ious], patience) is over
+
+
 def test_going_on_from_mid_epoch_is_exact(placement, steps):
     whole = list(loop.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
     part = loop.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement))

@@ -40,7 +40,7 @@ def check_config(config: RunConfig) -> None:
     for flag, share in shares.items():
         if not 0 <= share < 1:
             raise InputError(f"--{flag} is {share}: it must be at least 0 and below 1")
-    for name in ("warmup_epochs", "weight_decay", "clip_norm"):
+    for name in ("patience", "warmup_epochs", "weight_decay", "clip_norm"):
         if not 0 <= (amount := getattr(train, name)) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {amount}: it must be finite and not negative")
     if train.schedule == "cosine" and train.warmup_epochs >= train.epochs:
@@ -66,6 +66,15 @@ def check_config(config: RunConfig) -> None:
         raise InputError(f"--class-weights are {train.class_weights}: they must be finite, not negative, and not all 0")
     if train.class_weights and data.class_names and len(train.class_weights) != len(data.class_names):
         raise InputError(f"--class-weights are {len(train.class_weights)}, the classes {', '.join(data.class_names)}")
+
+
+def check_patience(config: RunConfig) -> None:
+    """Raises InputError for patience without a validation part. The config is complete: a folder may have a part."""
+    if config.train.patience and not config.data.validation_fraction:
+        raise InputError(
+            f"--patience {config.train.patience} goes by a validation part, and there is none: add"
+            " --validation-fraction .1, or list one in a folder's val.txt"
+        )
 
 
 def check_class_names(names: Sequence[str]) -> None:

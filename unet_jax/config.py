@@ -129,6 +129,8 @@ class TrainConfig:
     augment: Augment = "none"
     """Random changes of the training pictures: basic flips, crops and varies the light a little; strong does more of
     that, turns, and varies colours too."""
+    patience: int = 0
+    """Stop when the validation part's mean IoU has not risen for this many epochs on end. 0: never."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class RunConfig:
 
 # Two runs that differ in these alone are the same run: folders, what is for predictions, how long to go on, and memory
 # for time.
-NOT_COMPARED = {"data.data_dir", "data.class_colours", "data.scale", "train.epochs", "model.remat"}
+NOT_COMPARED = {"data.data_dir", "data.class_colours", "data.scale", "train.epochs", "train.patience", "model.remat"}
 FOUND = {"data.mask_255", "data.white"}  # in the data, and compared where a run has found them
 
 

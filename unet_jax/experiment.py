@@ -13,7 +13,7 @@ import jax
 
 from unet_jax import checkpoint, device, processes, runs
 from unet_jax.checkpoint import Restored
-from unet_jax.checks import check_config
+from unet_jax.checks import check_config, check_patience
 from unet_jax.config import RunConfig, differences, to_dict
 from unet_jax.data.batches import Loader, Parts, validation_rows
 from unet_jax.data.cache import Split
@@ -21,7 +21,7 @@ from unet_jax.data.datasets import complete, load_splits, resolve
 from unet_jax.device import Placement
 from unet_jax.errors import InputError, names_for_flags
 from unet_jax.folders import default_cache_dir
-from unet_jax.loop import NonFiniteLossError, StepResult, fit
+from unet_jax.loop import NonFiniteLossError, StepResult, fit, out_of_patience
 from unet_jax.progress import Clock, Display
 from unet_jax.results import write_results
 from unet_jax.start import resume, start_from
@@ -90,8 +90,9 @@ def train_run(
     deterministic: bool = False,
 ) -> None:
     """`run` of a config whose dataset is resolved and complete, on these devices."""
-    if done := _epochs_done(folder, config, overwrite):
-        print(f"{folder} has its {done} epochs already: give more --epochs, or --overwrite to start anew")
+    check_patience(config)
+    if done := _what_is_done(folder, config, overwrite):
+        print(f"{folder} {done}, or --overwrite to start anew")
         return
     splits = load_splits(config, cache_dir)
     scale = config.data.scale or splits["train"].scale
@@ -133,27 +134,29 @@ def divide(config: RunConfig, splits: Mapping[str, Split], placement: Placement)
     )
 
 
-def _epochs_done(folder: Path, config: RunConfig, overwrite: bool) -> int:
-    """The epochs of a run that has no more to do, else 0; after refusing a folder that holds something else."""
+def _what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
+    """What a run has that has no more to do, else ""; after refusing a folder that holds something else."""
     if overwrite or not folder.exists():
-        return 0
+        return ""
     if not (folder / "config.json").exists():
         if any(p.name != ".lock" for p in folder.iterdir()):
             raise InputError(f"{folder} holds other files than a run's: choose another --workdir")
-        return 0
+        return ""
     if different := differences(runs.read_config(folder), config):
         raise InputError(
             f"{folder} holds a run with another config ({'; '.join(different)}):"
             " choose another --workdir, or --overwrite to start anew"
         )
-    done = runs.epochs_finished(folder)
-    return done if done >= config.train.epochs else 0
+    records, patience = runs.finished_records(folder), config.train.patience
+    if out_of_patience(records, patience):
+        return f"stopped after {len(records)} epochs by --patience {patience}: give more of it"
+    return f"has its {len(records)} epochs already: give more --epochs" if len(records) >= config.train.epochs else ""
 
 
 def train_epochs(
     config: RunConfig, folder: Path, steps: Steps, parts: Parts, start: Restored
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Trains to the last epoch, by `save_epochs`, and tells what can go wrong on the way as InputErrors."""
+    """Trains to the end, by `save_epochs`, and tells what can go wrong on the way as InputErrors."""
     records = list(start.progress.records)
     try:
         state, stopped = save_epochs(config, folder, steps, parts, start, records)
@@ -194,7 +197,7 @@ def save_epochs(
         checkpoint.manager(folder / "best", int(state.step)) if has_best else nullcontext() as best,
         processes.noticing_signals() as noticed,
     ):
-        for result in fit(config, steps, state, train, held_out, start.progress.losses):
+        for result in fit(config, steps, state, train, held_out, start.progress.losses, start.progress.records):
             state = result.state
             if isinstance(result, StepResult):
                 display.step(result.epoch, result.step_of_epoch, result.losses)

@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.training.early_stopping import EarlyStopping
 from jax import Array
 
 from unet_jax.config import RunConfig
@@ -57,6 +58,19 @@ class EpochResult(NamedTuple):
     record: dict[str, Any]
 
 
+def out_of_patience(records: Sequence[Mapping[str, Any]], patience: int) -> bool:
+    """Whether the validation part's mean IoU had not risen for `patience` epochs on end, somewhere in these records.
+
+    Patience of 0 has no end. The records are those of all epochs from the first, so a run that goes on counts alike.
+    """
+    if not patience:
+        return False
+    stopping = EarlyStopping(patience=patience - 1)  # which waits for one epoch more than its patience
+    for record in records:
+        stopping = stopping.update(-(record["validation_mean_iou"] or 0))
+    return stopping.should_stop
+
+
 def fit(
     config: RunConfig,
     steps: Steps,
@@ -64,13 +78,14 @@ def fit(
     train: Loader,
     held_out: Loader | None,
     losses: Sequence[float] = (),
+    records: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[StepResult | EpochResult]:
-    """Trains from `state` to the config's last epoch; a state in the middle of an epoch goes on from there.
+    """Trains from `state` to the config's last epoch, or to the end of its patience; goes on from within an epoch too.
 
     `held_out` is what each epoch evaluates: the test split, or where there is a validation fraction that part, whose
     metrics are recorded as validation_loss, validation_mean_iou and so on; or None, nothing. Yields a StepResult after
-    each step and an EpochResult after each epoch. `losses` are those of the steps that the state has behind it in its
-    epoch. A yielded state is good until the next step takes its memory.
+    each step and an EpochResult after each epoch. `records` are those of the epochs that the state has behind it, and
+    `losses` those of the steps in its own. A yielded state is good until the next step takes its memory.
 
     Raises:
       NonFiniteLossError: noticed at the latest when the epoch ends, before its EpochResult.
@@ -78,6 +93,8 @@ def fit(
     done, first = divmod(int(state.step), len(train))
     rate = make_schedule(config.train, len(train))
     for epoch in range(done + 1, config.train.epochs + 1):
+        if out_of_patience(records, config.train.patience):
+            return
         start = time.perf_counter()
         known, pending = list(losses), None
         for i, batch in enumerate(train.train(config.train.seed, epoch, skip=first), first + 1):
@@ -88,10 +105,7 @@ def fit(
             yield StepResult(epoch, i, state, loss, known)
         known.append(_finite(pending, epoch, len(train)))
         if state.averaged is not None:
-            # Of an epoch that is never trained on, the same at each call; whole batches where there is one.
-            whole = max(1, len(train.rows) // train.batch_size)
-            for i, batch in enumerate(islice(train.train(config.train.seed, 0), min(whole, STATISTICS_BATCHES))):
-                state = steps.statistics(state, batch, i)
+            state = _with_statistics(steps, state, train, config.train.seed)
         seconds = time.perf_counter() - start
         scores_: dict[str, Any] = {}
         if held_out is not None:
@@ -100,20 +114,26 @@ def fit(
             scores_ = {f"validation_{name.removeprefix('test_')}": value for name, value in scores_.items()}
         counts = np.full(len(known), train.batch_size)
         counts[-1] = len(train.rows) - train.batch_size * (len(train) - 1)
-        yield EpochResult(
-            state,
-            {
-                "epoch": epoch,
-                "train_loss": float(np.average(known, weights=counts)),
-                "last_batch_loss": known[-1],
-                **scores_,
-                "learning_rate": float(rate(epoch * len(train) - 1)) if callable(rate) else rate,
-                "seconds": seconds,
-                "evaluation_seconds": time.perf_counter() - start - seconds,
-                "images_per_second": float(counts[first:].sum()) / seconds,
-            },
-        )
-        losses, first = (), 0
+        record = {
+            "epoch": epoch,
+            "train_loss": float(np.average(known, weights=counts)),
+            "last_batch_loss": known[-1],
+            **scores_,
+            "learning_rate": float(rate(epoch * len(train) - 1)) if callable(rate) else rate,
+            "seconds": seconds,
+            "evaluation_seconds": time.perf_counter() - start - seconds,
+            "images_per_second": float(counts[first:].sum()) / seconds,
+        }
+        yield EpochResult(state, record)
+        losses, first, records = (), 0, [*records, record]
+
+
+def _with_statistics(steps: Steps, state: TrainState, train: Loader, seed: int) -> TrainState:
+    # Of an epoch that is never trained on, the same at each call; whole batches where there is one.
+    whole = max(1, len(train.rows) // train.batch_size)
+    for i, batch in enumerate(islice(train.train(seed, 0), min(whole, STATISTICS_BATCHES))):
+        state = steps.statistics(state, batch, i)
+    return state
 
 
 def _finite(loss: Any, epoch: int, step: int) -> float:

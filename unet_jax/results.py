@@ -10,7 +10,7 @@ import numpy as np
 from unet_jax import plots, runs
 from unet_jax.config import RunConfig
 from unet_jax.data.batches import Parts
-from unet_jax.loop import evaluate
+from unet_jax.loop import evaluate, out_of_patience
 from unet_jax.metrics import held_out, scores_csv, shown
 from unet_jax.train import Steps, TrainState
 
@@ -45,10 +45,12 @@ def write_results(
     plots.metrics_figure(records, title, data.class_colours).savefig(folder / "metrics.png")
     figure = plots.results_figure(images, labels, predictions, names, title, colours=data.class_colours)
     figure.savefig(folder / "results.png")
+    stopped_early = out_of_patience(records, config.train.patience)
     summary = {
         "variant": config.variant,
         "dataset": data.dataset,
         "epochs": len(records),
+        "stopped_early": stopped_early,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "seconds": sum(r["seconds"] + r["evaluation_seconds"] for r in records),
         "final": records[-1],
@@ -56,6 +58,8 @@ def write_results(
     if test and data.validation_fraction:
         summary["test"] = scores
     runs.write_json(folder / "summary.json", summary)
+    if stopped_early:
+        print(f"stopped early: in {config.train.patience} epochs the validation part's mean IoU has not risen")
     part, of_part = held_out(scores)
     said = (
         f"{part} loss {of_part['loss']:.4f}, mean IoU {shown(of_part['mean_iou'])}" if "loss" in of_part else "no test"

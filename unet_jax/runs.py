@@ -177,12 +177,13 @@ def fresh_state(config: RunConfig, placement: Placement) -> TrainState:
     return init_state(model, optimizer, train.seed, ema=train.ema)
 
 
-def epochs_finished(folder: Path) -> int:
-    """How many epochs the run in `folder` had when its summary was written; 0 if it has none."""
+def finished_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of the run in `folder` up to where its summary was written; none if it has no summary."""
     try:
-        return int(json.loads((folder / "summary.json").read_text())["epochs"])
+        epochs = int(json.loads((folder / "summary.json").read_text())["epochs"])
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:epochs]]
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        return []
 
 
 def clear(folder: Path) -> None:
