@@ -23,8 +23,9 @@ from unet_jax.errors import InputError, names_for_flags
 from unet_jax.folders import default_cache_dir
 from unet_jax.loop import NonFiniteLossError, StepResult, fit, out_of_patience
 from unet_jax.progress import Clock, Display
-from unet_jax.results import write_results
+from unet_jax.results import draw_results, write_results
 from unet_jax.start import resume, start_from
+from unet_jax.trackers import Tracker
 from unet_jax.train import Steps, TrainState, make_steps
 
 
@@ -38,6 +39,7 @@ def run(
     cache_dir: str | Path | None = None,
     compilation_cache: bool = True,
     deterministic: bool = False,
+    log: Tracker | None = None,
 ) -> Path:
     """Makes the run of a config in its folder, or what is left of it, and returns the folder, for `unet_jax.load`.
 
@@ -55,6 +57,8 @@ def run(
       cache_dir: folder of the decoded pictures, by default ~/.cache/unet_jax.
       compilation_cache: keeps compiled programs in ~/.cache/unet_jax/xla.
       deterministic: has a GPU add in a fixed order.
+      log: is called with each epoch's record (a dictionary, the line of metrics.jsonl) once results.png is drawn, such
+        as `trackers.tensorboard(workdir)`. An epoch that a kill has done again is logged again.
 
     Raises:
       InputError: the config, the pictures or the folder cannot be used, or the loss became infinite or NaN.
@@ -76,6 +80,7 @@ def run(
         overwrite=overwrite,
         cache_dir=cache_dir,
         deterministic=deterministic,
+        log=log,
     )
     return folder
 
@@ -88,6 +93,7 @@ def train_run(
     overwrite: bool = False,
     cache_dir: str | Path | None = None,
     deterministic: bool = False,
+    log: Tracker | None = None,
 ) -> None:
     """`run` of a config whose dataset is resolved and complete, on these devices."""
     check_patience(config)
@@ -99,7 +105,7 @@ def train_run(
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, scale=scale))
     names = [split.names for split in splits.values()]
     shared = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=None))
-    processes.check_agreement((shared, overwrite, deterministic, folder.name, names))
+    processes.check_agreement((shared, overwrite, deterministic, bool(log), folder.name, names))
     parts = divide(config, splits, placement)
     goes_on = not overwrite and checkpoint.exists(folder / "checkpoints")
     initial = None if goes_on else start_from(config, placement)  # what it refuses leaves no folder behind
@@ -116,7 +122,7 @@ def train_run(
         runs.write_json(folder / "environment.json", runs.environment() | runs.way_to_data(folder, config))
         print(f"{config.variant} on {config.data.dataset}: {steps_per_epoch} steps an epoch, files in {folder}")
         steps = make_steps(config, placement, steps_per_epoch, deterministic)
-        state, records = train_epochs(config, folder, steps, parts, start)
+        state, records = train_epochs(config, folder, steps, parts, start, log)
         write_results(config, folder, steps, state, records, parts)
 
 
@@ -154,12 +160,12 @@ def _what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
 
 
 def train_epochs(
-    config: RunConfig, folder: Path, steps: Steps, parts: Parts, start: Restored
+    config: RunConfig, folder: Path, steps: Steps, parts: Parts, start: Restored, log: Tracker | None
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Trains to the end, by `save_epochs`, and tells what can go wrong on the way as InputErrors."""
     records = list(start.progress.records)
     try:
-        state, stopped = save_epochs(config, folder, steps, parts, start, records)
+        state, stopped = save_epochs(config, folder, steps, parts, start, records, log)
     except NonFiniteLossError as error:
         last = f"epoch {len(records)} is the last good checkpoint" if records else "there is no checkpoint before it"
         raise InputError(f"{error}; {last}, in {folder}: try a smaller --learning-rate") from None
@@ -181,6 +187,7 @@ def save_epochs(
     parts: Parts,
     start: Restored,
     records: list[dict[str, Any]],
+    log: Tracker | None,
 ) -> tuple[TrainState, int]:
     """Trains; each epoch ends with its line, its record (in `records` and metrics.jsonl), and a checkpoint.
 
@@ -212,6 +219,10 @@ def save_epochs(
             display.epoch(result.record)
             records.append(result.record)
             runs.write_records(folder, records)
+            if log:
+                draw_results(config, folder, steps, state, held_out or train, len(records))
+                if jax.process_index() == 0:
+                    log(result.record)
             # The best first: a kill between the two has the epoch done again, not its being the best forgotten.
             ious = [r["validation_mean_iou"] or 0 for r in records] if best else []
             if best and ious[-1] == max(ious):

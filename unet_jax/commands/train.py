@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import tyro
 
@@ -38,6 +38,8 @@ class Options:
     """Keep compiled programs in ~/.cache/unet_jax/xla, so that a later start compiles nothing."""
     deterministic: bool = False
     """Have a GPU add in a fixed order: repeated and resumed runs are bit-equal, steps take longer."""
+    log: Literal["tensorboard"] | None = None
+    """Write losses, scores and results.png after each epoch for TensorBoard, in the run's folder tensorboard."""
     distributed: bool = False
     """Be one of many processes that make the run together; Slurm, Open MPI and Kubernetes tell all the rest."""
     coordinator: str | None = None
@@ -97,15 +99,17 @@ def parse(argv: Sequence[str], prog: str | None = None) -> list[Options]:
 
 def train_run(options: Options, placement: "Placement") -> None:
     """Makes one run, or what is left of it (`unet_jax.experiment`)."""
-    from unet_jax import experiment
+    from unet_jax import experiment, trackers
 
+    folder = Path(options.workdir or ".")
     experiment.train_run(
         options.config,
-        Path(options.workdir or "."),
+        folder,
         placement,
         overwrite=options.overwrite,
         cache_dir=options.cache_dir,
         deterministic=options.deterministic,
+        log=trackers.tensorboard(folder) if options.log else None,
     )
 
 
