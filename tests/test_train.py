@@ -149,10 +149,10 @@ def test_order_of_batches(placement):
     assert not np.array_equal(shuffled(100, 0, 1), shuffled(100, 1, 1))
     np.testing.assert_array_equal(shuffled(5, 0, 1), shuffled(5, 0, 1))
     loader, _ = loaders(placement)
-    batches = list(loader.train(0, 1))
+    batches = list(loader.epoch(0, 1))
     assert [len(b.images) for b in batches] == [4, 4, 2]
     np.testing.assert_array_equal(np.concatenate([b.images for b in batches]), loader.split.images[shuffled(10, 0, 1)])
-    later = list(loader.train(0, 1, skip=1))
+    later = list(loader.epoch(0, 1, skip=1))
     np.testing.assert_array_equal(later[0].images, batches[1].images)
 
 
@@ -167,7 +167,7 @@ def test_split_on_the_device_gives_the_same_batches(placement, monkeypatch):
     monkeypatch.setattr(device.Placement, "fits", lambda self, nbytes: True)
     resident, _ = loaders(placement)
     for a, b in zip(
-        [*host.train(0, 1), *host.evaluation()], [*resident.train(0, 1), *resident.evaluation()], strict=True
+        [*host.epoch(0, 1), *host.evaluation()], [*resident.epoch(0, 1), *resident.evaluation()], strict=True
     ):
         chex.assert_trees_all_equal(a, b)
 
@@ -177,7 +177,7 @@ def test_bfloat16_keeps_the_state_in_float32(placement, steps):
     assert device.compute_dtype("auto", "gpu") == jnp.bfloat16
     one_step, _ = loaders(placement)
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
-    batch = next(one_step.train(0, 1))
+    batch = next(one_step.epoch(0, 1))
     state, loss = train.make_steps(config, placement, 3).train(fresh_state(config, placement), batch)
     floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {np.dtype("float32")}
@@ -257,7 +257,7 @@ def test_average_of_parameters_has_its_own_batch_statistics(placement):
 
 def test_augmented_steps_are_of_the_seed_and_the_step(placement, steps):
     loader, _ = loaders(placement)
-    batch = next(loader.train(0, 1))
+    batch = next(loader.epoch(0, 1))
     strong = train.make_steps(with_train(augment="strong"), placement, 3)
     losses = [float(s.train(fresh_state(CONFIG, placement), batch)[1]) for s in (strong, strong, steps)]
     assert losses[0] == losses[1] != losses[2]
@@ -286,7 +286,7 @@ def test_a_loader_of_some_rows(placement, monkeypatch):
     for resident in (False, True):
         monkeypatch.setattr(device.Placement, "fits", lambda self, nbytes, answer=resident: answer)
         loader = Loader(split, 4, placement, rows)
-        batches = list(loader.train(0, 1))
+        batches = list(loader.epoch(0, 1))
         expected = rows[shuffled(5, 0, 1)]
         np.testing.assert_array_equal(np.concatenate([b.labels for b in batches]), split.labels[expected])
         assert [np.asarray(b.weights).sum() for b in loader.evaluation()] == [4, 1]

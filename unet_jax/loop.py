@@ -97,7 +97,7 @@ def fit(
             return
         start = time.perf_counter()
         known, pending = list(losses), None
-        for i, batch in enumerate(train.train(config.train.seed, epoch, skip=first), first + 1):
+        for i, batch in enumerate(train.epoch(config.train.seed, epoch, skip=first), first + 1):
             state, loss = steps.train(state, batch)
             if pending is not None:  # fetched a step late, so that the device always has its next step queued
                 known.append(_finite(pending, epoch, i - 1))
@@ -131,7 +131,7 @@ def fit(
 def _with_statistics(steps: Steps, state: TrainState, train: Loader, seed: int) -> TrainState:
     # Of an epoch that is never trained on, the same at each call; whole batches where there is one.
     whole = max(1, len(train.rows) // train.batch_size)
-    for i, batch in enumerate(islice(train.train(seed, 0), min(whole, STATISTICS_BATCHES))):
+    for i, batch in enumerate(islice(train.epoch(seed, 0), min(whole, STATISTICS_BATCHES))):
         state = steps.statistics(state, batch, i)
     return state
 
