@@ -37,7 +37,7 @@ class Options:
     examples: int | None = None
     """The first N pictures. Default: as many as the run took."""
     out: Path | None = None
-    """Folder for the results. Default: RUN/evaluation-<split>."""
+    """Folder for the results. Default: RUN/evaluation-SPLIT."""
 
 
 def is_own(options: Options, config: "RunConfig", found: "dict[str, Source]") -> bool:

@@ -27,7 +27,7 @@ class Options:
 
     config: RunConfig
     workdir: str | None = None
-    """The run's folder. Default: runs/<variant> (with `all`: a folder for each variant inside)."""
+    """The run's folder. Default: runs/VARIANT (with `all`: a folder for each variant inside)."""
     overwrite: bool = False
     """Start anew in a folder that holds another run, whose files are removed."""
     download: bool = False
