@@ -22,7 +22,8 @@ from jax.experimental import topologies
 from profile_step import constant_batch
 
 from unet_jax import runs, train
-from unet_jax.config import PUBLISHED, ModelConfig, Precision, check_size, default_config
+from unet_jax.checks import check_size
+from unet_jax.config import PUBLISHED, ModelConfig, Precision, default_config
 from unet_jax.device import placement
 from unet_jax.errors import InputError, exit_on_input_error
 

@@ -50,7 +50,7 @@ def forward(network: Any, split: Split, rows: np.ndarray) -> tuple[torch.Tensor,
 
 @torch.inference_mode()
 def evaluate(config: RunConfig, network: Any, test: Split) -> dict[str, Any]:
-    """The metrics of unet_jax.train.evaluate, by the same code."""
+    """The metrics of unet_jax.loop.evaluate, by the same code."""
     losses, parts, size = [], [], config.train.batch_size
     for start in range(0, len(test.names), size):
         logits, labels = forward(network, test, np.arange(start, min(start + size, len(test.names))))

@@ -77,7 +77,7 @@ def take_steps(options: Options, variant: str, split: Split) -> list[float]:
     state = jax.device_put(runs.fresh_state(config, placement), placement.replicated)
     steps = train.make_steps(config, placement, steps_per_epoch=options.steps)
     losses = []
-    for batch in Loader(split, options.batch_size, placement).train(seed=0, epoch=1):
+    for batch in Loader(split, options.batch_size, placement).epoch(seed=0, number=1):
         state, loss = steps.train(state, batch)
         losses.append(float(loss))
     return losses

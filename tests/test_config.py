@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from unet_jax.checks import check_config, check_size
 from unet_jax.config import (
     PUBLISHED,
     VARIANTS,
@@ -13,8 +14,6 @@ from unet_jax.config import (
     ModelConfig,
     RunConfig,
     TrainConfig,
-    check_config,
-    check_size,
     default_config,
     differences,
     from_dict,
@@ -130,6 +129,7 @@ def test_an_unknown_variant_is_refused_with_what_is_near(variant, hint):
         ("train", "ema", 1.0, "--ema is 1.0: it must be at least 0 and below 1"),
         ("train", "weight_decay", -0.1, "--weight-decay is -0.1: it must be finite and not negative"),
         ("train", "clip_norm", math.inf, "--clip-norm is inf: it must be finite and not negative"),
+        ("train", "patience", -1, "--patience is -1: it must be finite and not negative"),
         ("train", "warmup_epochs", -1, "--warmup-epochs is -1: it must be finite and not negative"),
     ],
 )
@@ -165,7 +165,7 @@ def test_folders_and_epochs_make_no_other_run():
     moved = replace(
         CONFIG,
         data=replace(CONFIG.data, data_dir="elsewhere"),
-        train=replace(CONFIG.train, epochs=CONFIG.train.epochs + 1),
+        train=replace(CONFIG.train, epochs=CONFIG.train.epochs + 1, patience=3),
     )
     assert moved != CONFIG
     assert differences(CONFIG, moved) == []

@@ -17,6 +17,7 @@ from unet_jax import device, experiment, runs
 from unet_jax.config import ModelConfig, RunConfig, default_config, to_dict
 from unet_jax.errors import InputError, names_for_flags
 from unet_jax.signals import noticing
+from unet_jax.start import settle_precision
 
 
 def small(epochs: int, **train) -> RunConfig:
@@ -92,6 +93,29 @@ def test_sigterm_ends_it_with_a_checkpoint(run, monkeypatch):
     chex.assert_trees_all_equal(state_of(folder), state_of(run(small(2))))
 
 
+def test_patience_ends_a_run_once_and_for_all(run, monkeypatch, capsys):
+    config = small(9, patience=2, learning_rate=1e-12)  # so that no epoch is better than the first
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation_fraction=0.34))
+    more = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=12))
+    folder = run(config)
+    assert "stopped early: in 2 epochs the validation part's mean IoU has not risen" in capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["epochs"], summary["stopped_early"]) == (3, True)
+    for again in (config, more):
+        run(again)
+        assert "run stopped after 3 epochs by --patience 2: give more of it, or" in capsys.readouterr().out
+
+    # One that was interrupted counts the epochs before, and one without a summary trains no more.
+    run(dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=2)), "later")
+    run(config, "later")
+    (folder / "summary.json").unlink()
+    monkeypatch.setattr(experiment.Display, "step", lambda *_: pytest.fail("it trained on"))
+    run(more)
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    chex.assert_trees_all_equal(state_of(folder), state_of(folder.with_name("later")))
+    assert json.loads((folder.with_name("later") / "summary.json").read_text())["epochs"] == 3
+
+
 REFUSALS = {
     "epochs is 0: it must be at least 1": small(0),
     "batch_size 8 is larger than the 5 training": dataclasses.replace(
@@ -101,6 +125,7 @@ REFUSALS = {
         small(1), data=dataclasses.replace(small(1).data, dataset="folder")
     ),
     "loss has the term 'dice'": small(1, loss="dice"),
+    "patience 2 goes by a validation part, and there is none: add validation_fraction": small(1, patience=2),
 }
 
 
@@ -143,7 +168,7 @@ def test_auto_precision_is_settled_when_a_run_begins_and_kept_when_it_goes_on(tm
     def settled(precision: str, fastest: str, overwrite: bool = False) -> str:
         monkeypatch.setattr(device, "fastest_precision", lambda placement: fastest)
         config = dataclasses.replace(small(1), model=ModelConfig(widths=(4, 4), precision=precision))
-        return experiment.settle_precision(config, tmp_path, device.placement(), overwrite).model.precision
+        return settle_precision(config, tmp_path, device.placement(), overwrite).model.precision
 
     def has(precision: str) -> None:
         config = dataclasses.replace(small(1), model=ModelConfig(widths=(4, 4), precision=precision))

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from test_run import execute, records
 
-from unet_jax.config import DataConfig, RunConfig, TrainConfig, check_config, default_config
+from unet_jax.checks import check_config
+from unet_jax.config import DataConfig, RunConfig, TrainConfig, default_config
 from unet_jax.data.folder import complete, sources
 from unet_jax.errors import InputError
 from unet_jax.losses import cross_entropy, make_loss

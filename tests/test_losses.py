@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
-from unet_jax.config import IGNORE_LABEL, loss_terms
+from unet_jax.checks import loss_terms
+from unet_jax.config import IGNORE_LABEL
 from unet_jax.errors import InputError
 from unet_jax.losses import LOSSES, make_loss
 
@@ -223,3 +225,36 @@ def test_a_label_that_is_no_class_makes_the_loss_nan(name, label):
 def test_unsigned_labels_and_more_classes_than_they_can_count():
     logits = np.zeros((1, 1, 2, 300), np.float32)
     assert value("cross_entropy", logits, np.array([[[0, 254]]], np.uint8), ONES[:1]) == pytest.approx(np.log(300))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("labels", "weights"),
+    [
+        (LABELS[0], ONES),
+        (LABELS[:1], ONES),
+        (LABELS[..., None], ONES),
+        (LABELS[:, :1], ONES),
+        (LABELS, ONES[:1]),
+        (LABELS, ONES[:, None]),
+        (LABELS, np.float32(1)),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(name, labels, weights):
+    for loss in (LOSSES[name], jax.jit(LOSSES[name])):
+        with pytest.raises(AssertionError, match=r"shape|rank"):
+            loss(LOGITS, labels, weights)
+
+
+def test_each_class_has_its_weight():
+    with pytest.raises(AssertionError, match="shape"):
+        make_loss("cross_entropy", (1.0, 2.0))(LOGITS, LABELS, ONES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shapes_may_be_symbols(name):
+    b, h, w = export.symbolic_shape("b, h, w")
+    shapes = (jax.ShapeDtypeStruct((b, h, w, 3), np.float32), jax.ShapeDtypeStruct((b, h, w), np.uint8))
+    shapes += (jax.ShapeDtypeStruct((b,), np.float32),)
+    exported = export.export(jax.jit(LOSSES[name]))(*shapes)
+    np.testing.assert_allclose(exported.call(LOGITS, LABELS, ONES), value(name), rtol=1e-6)

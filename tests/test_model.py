@@ -81,6 +81,11 @@ def test_a_size_that_does_not_fit_is_refused_in_one_line(height, width, nearest)
     )
 
 
+def test_a_picture_without_the_axis_of_the_batch_is_refused():
+    with pytest.raises(AssertionError, match="rank"):
+        UNet(widths=(4, 4)).init(jax.random.key(0), jnp.zeros((16, 16, 3)))
+
+
 # --- parameters: checkpoints load by these names and shapes
 
 COMMON = """

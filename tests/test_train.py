@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from unet_jax import device, layers, runs, train
+from unet_jax import device, layers, loop, runs, train
 from unet_jax.config import PUBLISHED, DataConfig, ModelConfig, RunConfig, TrainConfig, default_config
 from unet_jax.data.batches import Batch, Loader, shuffled, validation_rows
 from unet_jax.data.cache import Split
@@ -54,13 +54,13 @@ def loaders(placement: device.Placement) -> tuple[Loader, Loader]:
     return Loader(random_split(10), 4, placement), Loader(random_split(6, seed=1), 4, placement)
 
 
-def epochs_of(results) -> list[train.EpochResult]:
-    return [r for r in results if isinstance(r, train.EpochResult)]
+def epochs_of(results) -> list[loop.EpochResult]:
+    return [r for r in results if isinstance(r, loop.EpochResult)]
 
 
 def test_training_learns_and_records_every_metric(placement, steps):
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, epochs=30))
-    results = epochs_of(train.fit(config, steps, fresh_state(config, placement), *loaders(placement)))
+    results = epochs_of(loop.fit(config, steps, fresh_state(config, placement), *loaders(placement)))
     first, last = results[0].record, results[-1].record
     assert [r.record["epoch"] for r in results] == list(range(1, 31))
     assert last["test_loss"] < 0.6 * first["test_loss"]
@@ -77,7 +77,7 @@ def test_two_shapes_in_training_and_one_in_evaluation(placement, monkeypatch):
     monkeypatch.setattr(train, "train_step", chex.assert_max_traces(train.train_step, n=2))
     monkeypatch.setattr(train, "eval_step", chex.assert_max_traces(train.eval_step, n=1))
     steps = train.make_steps(CONFIG, placement, 3)
-    results = epochs_of(train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
+    results = epochs_of(loop.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
     assert len(results) == 2
     # The guard works: one more shape is one too many.
     with pytest.raises(AssertionError, match="traced"):
@@ -85,19 +85,39 @@ def test_two_shapes_in_training_and_one_in_evaluation(placement, monkeypatch):
 
 
 def test_same_seed_same_bits_other_seed_other(placement, steps):
-    runs = [epochs_of(train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement))) for _ in range(2)]
+    runs = [epochs_of(loop.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement))) for _ in range(2)]
     chex.assert_trees_all_equal(runs[0][-1].state, runs[1][-1].state)
     other = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, seed=1))
     kernels = [fresh_state(c, placement).params["head"]["kernel"] for c in (CONFIG, other)]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("ious", "patience", "over"),
+    [
+        ([], 1, False),
+        ([0.2], 1, False),
+        ([0.2, 0.3], 1, False),
+        ([0.2, 0.2], 1, True),  # as good is no better
+        ([0.3, 0.2], 2, False),
+        ([0.3, 0.2, 0.25], 2, True),
+        ([0.3, 0.2, 0.4, 0.1], 2, False),
+        ([0.3, 0.2, 0.25, 0.4], 2, True),  # once over it stays over
+        ([None, None, 0.1], 3, False),  # no pixel counted
+        ([None, None, None], 2, True),
+        ([0.3, 0.2, 0.1, 0.0], 0, False),
+    ],
+)
+def test_patience_is_over_after_so_many_epochs_without_a_better_one(ious, patience, over):
+    assert loop.out_of_patience([{"validation_mean_iou": iou} for iou in ious], patience) is over
+
+
 def test_going_on_from_mid_epoch_is_exact(placement, steps):
-    whole = list(train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
-    part = train.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement))
-    cut = next(r for r in part if isinstance(r, train.StepResult) and (r.epoch, r.step_of_epoch) == (2, 2))
+    whole = list(loop.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
+    part = loop.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement))
+    cut = next(r for r in part if isinstance(r, loop.StepResult) and (r.epoch, r.step_of_epoch) == (2, 2))
     losses = [*cut.losses, float(cut.loss)]
-    rest = epochs_of(train.fit(CONFIG, steps, cut.state, *loaders(placement), losses=losses))
+    rest = epochs_of(loop.fit(CONFIG, steps, cut.state, *loaders(placement), losses=losses))
     assert [r.record["epoch"] for r in rest] == [2]
     chex.assert_trees_all_equal(rest[-1].state, whole[-1].state)
     for key in ("train_loss", "last_batch_loss", "test_loss", "mean_iou"):
@@ -106,7 +126,7 @@ def test_going_on_from_mid_epoch_is_exact(placement, steps):
 
 def test_published_test_loss_is_the_mean_of_batch_means(placement, steps):
     state, (_, test) = fresh_state(CONFIG, placement), loaders(placement)
-    record, sums = train.evaluate(steps.evaluate, state, test, CONFIG.data.class_names)
+    record, sums = loop.evaluate(steps.evaluate, state, test, CONFIG.data.class_names)
     loss = train.make_loss("log_dice")
     model = train.make_model(CONFIG.model, 3, placement)
     parts = [slice(0, 4), slice(4, 6)]
@@ -119,8 +139,8 @@ def test_published_test_loss_is_the_mean_of_batch_means(placement, steps):
 def test_a_non_finite_loss_is_named(placement, steps):
     state = fresh_state(CONFIG, placement)
     state = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
-    with pytest.raises(train.NonFiniteLossError, match=r"nan at step 1 \(epoch 1\)"):
-        list(train.fit(CONFIG, steps, state, *loaders(placement)))
+    with pytest.raises(loop.NonFiniteLossError, match=r"nan at step 1 \(epoch 1\)"):
+        list(loop.fit(CONFIG, steps, state, *loaders(placement)))
 
 
 def test_order_of_batches(placement):
@@ -129,10 +149,10 @@ def test_order_of_batches(placement):
     assert not np.array_equal(shuffled(100, 0, 1), shuffled(100, 1, 1))
     np.testing.assert_array_equal(shuffled(5, 0, 1), shuffled(5, 0, 1))
     loader, _ = loaders(placement)
-    batches = list(loader.train(0, 1))
+    batches = list(loader.epoch(0, 1))
     assert [len(b.images) for b in batches] == [4, 4, 2]
     np.testing.assert_array_equal(np.concatenate([b.images for b in batches]), loader.split.images[shuffled(10, 0, 1)])
-    later = list(loader.train(0, 1, skip=1))
+    later = list(loader.epoch(0, 1, skip=1))
     np.testing.assert_array_equal(later[0].images, batches[1].images)
 
 
@@ -147,7 +167,7 @@ def test_split_on_the_device_gives_the_same_batches(placement, monkeypatch):
     monkeypatch.setattr(device.Placement, "fits", lambda self, nbytes: True)
     resident, _ = loaders(placement)
     for a, b in zip(
-        [*host.train(0, 1), *host.evaluation()], [*resident.train(0, 1), *resident.evaluation()], strict=True
+        [*host.epoch(0, 1), *host.evaluation()], [*resident.epoch(0, 1), *resident.evaluation()], strict=True
     ):
         chex.assert_trees_all_equal(a, b)
 
@@ -157,7 +177,7 @@ def test_bfloat16_keeps_the_state_in_float32(placement, steps):
     assert device.compute_dtype("auto", "gpu") == jnp.bfloat16
     one_step, _ = loaders(placement)
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
-    batch = next(one_step.train(0, 1))
+    batch = next(one_step.epoch(0, 1))
     state, loss = train.make_steps(config, placement, 3).train(fresh_state(config, placement), batch)
     floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {np.dtype("float32")}
@@ -205,8 +225,8 @@ def test_average_of_parameters_has_its_own_batch_statistics(placement):
     model = train.make_model(config.model, 3, placement)
     fresh = train.init_state(model, train.make_optimizer(config.train, 3), 0, ema=0.5)
     trajectory, epochs = [], []
-    for result in train.fit(config, steps, jax.device_put(fresh, placement.replicated), loader, test):
-        if isinstance(result, train.EpochResult):
+    for result in loop.fit(config, steps, jax.device_put(fresh, placement.replicated), loader, test):
+        if isinstance(result, loop.EpochResult):
             epochs.append(jax.device_get(result))
         else:
             trajectory.append(jax.device_get(result.state.params))
@@ -237,7 +257,7 @@ def test_average_of_parameters_has_its_own_batch_statistics(placement):
 
 def test_augmented_steps_are_of_the_seed_and_the_step(placement, steps):
     loader, _ = loaders(placement)
-    batch = next(loader.train(0, 1))
+    batch = next(loader.epoch(0, 1))
     strong = train.make_steps(with_train(augment="strong"), placement, 3)
     losses = [float(s.train(fresh_state(CONFIG, placement), batch)[1]) for s in (strong, strong, steps)]
     assert losses[0] == losses[1] != losses[2]
@@ -266,7 +286,7 @@ def test_a_loader_of_some_rows(placement, monkeypatch):
     for resident in (False, True):
         monkeypatch.setattr(device.Placement, "fits", lambda self, nbytes, answer=resident: answer)
         loader = Loader(split, 4, placement, rows)
-        batches = list(loader.train(0, 1))
+        batches = list(loader.epoch(0, 1))
         expected = rows[shuffled(5, 0, 1)]
         np.testing.assert_array_equal(np.concatenate([b.labels for b in batches]), split.labels[expected])
         assert [np.asarray(b.weights).sum() for b in loader.evaluation()] == [4, 1]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from unet_jax.model import UNet
     from unet_jax.predict import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["UNet", "__version__", "cross_entropy", "load", "log_dice", "make_loss", "run", "soft_dice"]
 
 # Imported when they are asked for: --help and `import unet_jax` wait for no JAX, `UNet` for nothing that reads files.

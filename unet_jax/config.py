@@ -2,10 +2,7 @@
 
 import dataclasses
 import difflib
-import math
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -132,6 +129,8 @@ class TrainConfig:
     augment: Augment = "none"
     """Random changes of the training pictures: basic flips, crops and varies the light a little; strong does more of
     that, turns, and varies colours too."""
+    patience: int = 0
+    """Stop when the validation part's mean IoU has not risen for this many epochs on end. 0: never."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class RunConfig:
 
 # Two runs that differ in these alone are the same run: folders, what is for predictions, how long to go on, and memory
 # for time.
-NOT_COMPARED = {"data.data_dir", "data.class_colours", "data.scale", "train.epochs", "model.remat"}
+NOT_COMPARED = {"data.data_dir", "data.class_colours", "data.scale", "train.epochs", "train.patience", "model.remat"}
 FOUND = {"data.mask_255", "data.white"}  # in the data, and compared where a run has found them
 
 
@@ -173,101 +172,6 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
         data = DataConfig(dataset, class_names=(), white=None)
         return RunConfig(variant, data, model, replace(train, batch_size=FOLDER_BATCH_SIZE))
     return RunConfig(variant, DataConfig(dataset), model, train)
-
-
-def check_size(height: int, width: int, levels: int) -> None:
-    """Raises InputError unless both sides are positive multiples of 2^(levels-1)."""
-    multiple = 2 ** (levels - 1)
-    if height % multiple or width % multiple or height < 1 or width < 1:  # no min(): jax.export has symbolic sides
-        nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]
-        raise InputError(
-            f"pictures of {height}x{width} do not fit {levels} levels: height and width must be multiples of"
-            f" {multiple}; the nearest size is {nearest[0]}x{nearest[1]}"
-        )
-
-
-def check_config(config: RunConfig) -> None:
-    """Raises InputError for the first value that no run can have."""
-    data, model, train = config.data, config.model, config.train
-    at_least_one = {
-        "epochs": train.epochs,
-        "batch-size": train.batch_size,
-        "train-examples": data.train_examples,
-        "test-examples": data.test_examples,
-        "widths": min(model.widths, default=0),
-    }
-    for flag, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise InputError(f"--{flag} is {value}: it must be at least 1")
-    if not (math.isfinite(train.learning_rate) and train.learning_rate > 0):
-        raise InputError(f"--learning-rate is {train.learning_rate}: it must be positive and finite")
-    shares = {"dropout-rate": model.dropout_rate, "ema": train.ema, "validation-fraction": data.validation_fraction}
-    shares["test-fraction"] = data.test_fraction
-    for flag, share in shares.items():
-        if not 0 <= share < 1:
-            raise InputError(f"--{flag} is {share}: it must be at least 0 and below 1")
-    for name in ("warmup_epochs", "weight_decay", "clip_norm"):
-        if not 0 <= (amount := getattr(train, name)) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} is {amount}: it must be finite and not negative")
-    if train.schedule == "cosine" and train.warmup_epochs >= train.epochs:
-        raise InputError(f"--warmup-epochs is {train.warmup_epochs}: it must be below --epochs {train.epochs}")
-    if not 0 <= train.seed < 2**32:  # of a larger one JAX takes the last 32 bits
-        raise InputError(f"--seed is {train.seed}: it must be from 0 to {2**32 - 1}")
-    if data.class_colours and (
-        (data.class_names and len(data.class_colours) != len(data.class_names))
-        or not all(re.fullmatch("#[0-9a-fA-F]{6}", colour) for colour in data.class_colours)
-    ):
-        raise InputError(f"--class-colours are {', '.join(data.class_colours)}: give each class one, such as '#e69f00'")
-    if data.scale and not all(0 < factor < math.inf for factor in data.scale):
-        raise InputError(f"--scale is {data.scale}: both must be positive and finite")
-    if data.white is not None and not 0 < data.white < 65536:
-        raise InputError(f"--white is {data.white}: it must be from 1 to 65535")
-    check_size(data.image_size, data.image_size, len(model.widths))
-    if data.class_names or data.dataset != "folder":  # whose classes are yet to be counted
-        check_class_names(data.class_names)
-    names = [name for _, name in loss_terms(train.loss)]
-    if train.class_weights and "cross_entropy" not in names:
-        raise InputError(f"--class-weights are those of cross_entropy, which --loss {train.loss} lacks")
-    if not all(0 <= weight < math.inf for weight in train.class_weights) or set(train.class_weights) == {0}:
-        raise InputError(f"--class-weights are {train.class_weights}: they must be finite, not negative, and not all 0")
-    if train.class_weights and data.class_names and len(train.class_weights) != len(data.class_names):
-        raise InputError(f"--class-weights are {len(train.class_weights)}, the classes {', '.join(data.class_names)}")
-
-
-def check_class_names(names: Sequence[str]) -> None:
-    """Raises InputError unless they are two or more different names, and no more than labels can hold."""
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"--class-names has {', '.join(repeated)} more than once: each class needs its own name")
-    if not 2 <= len(names) <= IGNORE_LABEL:
-        raise InputError(f"--class-names are {len(names)}: two classes are the least, {IGNORE_LABEL} the most")
-
-
-def check_classes_of_data(names: Sequence[str], source: Sequence[str], dataset: str) -> None:
-    """Raises InputError for class names that are not as many as the dataset's, or its own in another order."""
-    if len(names) != len(source) or (set(names) == set(source) and tuple(names) != tuple(source)):
-        raise InputError(
-            f"--class-names are {', '.join(names)}, but the masks of {dataset} have {len(source)} classes, in this"
-            f" order: {', '.join(source)}"
-        )
-
-
-def loss_terms(text: str) -> tuple[tuple[float, str], ...]:
-    """(weight, name) of each term of a loss such as "cross_entropy+0.5*soft_dice".
-
-    Raises:
-      InputError: a term is not NAME or WEIGHT*NAME with a known name and a positive weight.
-    """
-    terms = []
-    for term in text.replace(" ", "").split("+"):
-        match = re.fullmatch(r"(?:((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\*)?(cross_entropy|log_dice|soft_dice)", term)
-        weight = float(match[1] or 1) if match else 0.0
-        if not match or not 0 < weight < math.inf:
-            raise InputError(
-                f"--loss has the term {term!r}: write cross_entropy, log_dice, soft_dice,"
-                " or a sum such as cross_entropy+0.5*soft_dice"
-            )
-        terms.append((weight, match[2]))
-    return tuple(terms)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -13,17 +13,20 @@ import jax
 
 from unet_jax import checkpoint, device, processes, runs
 from unet_jax.checkpoint import Restored
-from unet_jax.config import RunConfig, check_config, differences, to_dict
+from unet_jax.checks import check_config, check_patience
+from unet_jax.config import RunConfig, differences, to_dict
 from unet_jax.data.batches import Loader, Parts, validation_rows
 from unet_jax.data.cache import Split
 from unet_jax.data.datasets import complete, load_splits, resolve
 from unet_jax.device import Placement
 from unet_jax.errors import InputError, names_for_flags
 from unet_jax.folders import default_cache_dir
+from unet_jax.loop import NonFiniteLossError, StepResult, fit, out_of_patience
 from unet_jax.progress import Clock, Display
-from unet_jax.results import write_results
-from unet_jax.start import resume, start_from
-from unet_jax.train import NonFiniteLossError, StepResult, Steps, TrainState, fit, make_steps
+from unet_jax.results import draw_results, write_results
+from unet_jax.start import resume, settle_precision, start_from
+from unet_jax.trackers import Tracker
+from unet_jax.train import Steps, TrainState, make_steps
 
 
 @names_for_flags()
@@ -36,6 +39,7 @@ def run(
     cache_dir: str | Path | None = None,
     compilation_cache: bool = True,
     deterministic: bool = False,
+    log: Tracker | None = None,
 ) -> Path:
     """Makes the run of a config in its folder, or what is left of it, and returns the folder, for `unet_jax.load`.
 
@@ -53,6 +57,8 @@ def run(
       cache_dir: folder of the decoded pictures, by default ~/.cache/unet_jax.
       compilation_cache: keeps compiled programs in ~/.cache/unet_jax/xla.
       deterministic: has a GPU add in a fixed order.
+      log: is called with each epoch's record (a dictionary, the line of metrics.jsonl) once results.png is drawn, such
+        as `trackers.tensorboard(workdir)`. An epoch that a kill has done again is logged again.
 
     Raises:
       InputError: the config, the pictures or the folder cannot be used, or the loss became infinite or NaN.
@@ -74,6 +80,7 @@ def run(
         overwrite=overwrite,
         cache_dir=cache_dir,
         deterministic=deterministic,
+        log=log,
     )
     return folder
 
@@ -86,18 +93,20 @@ def train_run(
     overwrite: bool = False,
     cache_dir: str | Path | None = None,
     deterministic: bool = False,
+    log: Tracker | None = None,
 ) -> None:
     """`run` of a config whose dataset is resolved and complete, on these devices."""
+    check_patience(config)
     config = settle_precision(config, folder, placement, overwrite)
-    if done := _epochs_done(folder, config, overwrite):
-        print(f"{folder} has its {done} epochs already: give more --epochs, or --overwrite to start anew")
+    if done := _what_is_done(folder, config, overwrite):
+        print(f"{folder} {done}, or --overwrite to start anew")
         return
     splits = load_splits(config, cache_dir)
     scale = config.data.scale or splits["train"].scale
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, scale=scale))
     names = [split.names for split in splits.values()]
     shared = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=None))
-    processes.check_agreement((shared, overwrite, deterministic, folder.name, names))
+    processes.check_agreement((shared, overwrite, deterministic, bool(log), folder.name, names))
     parts = divide(config, splits, placement)
     goes_on = not overwrite and checkpoint.exists(folder / "checkpoints")
     initial = None if goes_on else start_from(config, placement)  # what it refuses leaves no folder behind
@@ -114,23 +123,8 @@ def train_run(
         runs.write_json(folder / "environment.json", runs.environment() | runs.way_to_data(folder, config))
         print(f"{config.variant} on {config.data.dataset}: {steps_per_epoch} steps an epoch, files in {folder}")
         steps = make_steps(config, placement, steps_per_epoch, deterministic)
-        state, records = train_epochs(config, folder, steps, parts, start)
+        state, records = train_epochs(config, folder, steps, parts, start, log)
         write_results(config, folder, steps, state, records, parts)
-
-
-def settle_precision(config: RunConfig, folder: Path, placement: Placement, overwrite: bool) -> RunConfig:
-    """The config with the precision "auto" settled: that of the run that goes on in the folder, else the fastest.
-
-    It is written settled, so that a run that goes on elsewhere does not change it without a word.
-    """
-    fastest, precision = device.fastest_precision(placement), config.model.precision
-    if precision == "bfloat16" and fastest == "float32":
-        print("bfloat16 is slower than float32 here: it needs a GPU, or one CPU with AMX", file=sys.stderr)
-    if precision != "auto":
-        return config
-    goes_on = not overwrite and (folder / "config.json").exists()
-    precision = runs.read_config(folder).model.precision if goes_on else fastest
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
 
 
 def divide(config: RunConfig, splits: Mapping[str, Split], placement: Placement) -> Parts:
@@ -147,30 +141,32 @@ def divide(config: RunConfig, splits: Mapping[str, Split], placement: Placement)
     )
 
 
-def _epochs_done(folder: Path, config: RunConfig, overwrite: bool) -> int:
-    """The epochs of a run that has no more to do, else 0; after refusing a folder that holds something else."""
+def _what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
+    """What a run has that has no more to do, else ""; after refusing a folder that holds something else."""
     if overwrite or not folder.exists():
-        return 0
+        return ""
     if not (folder / "config.json").exists():
         if any(p.name != ".lock" for p in folder.iterdir()):
             raise InputError(f"{folder} holds other files than a run's: choose another --workdir")
-        return 0
+        return ""
     if different := differences(runs.read_config(folder), config):
         raise InputError(
             f"{folder} holds a run with another config ({'; '.join(different)}):"
             " choose another --workdir, or --overwrite to start anew"
         )
-    done = runs.epochs_finished(folder)
-    return done if done >= config.train.epochs else 0
+    records, patience = runs.finished_records(folder), config.train.patience
+    if out_of_patience(records, patience):
+        return f"stopped after {len(records)} epochs by --patience {patience}: give more of it"
+    return f"has its {len(records)} epochs already: give more --epochs" if len(records) >= config.train.epochs else ""
 
 
 def train_epochs(
-    config: RunConfig, folder: Path, steps: Steps, parts: Parts, start: Restored
+    config: RunConfig, folder: Path, steps: Steps, parts: Parts, start: Restored, log: Tracker | None
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Trains to the last epoch, by `save_epochs`, and tells what can go wrong on the way as InputErrors."""
+    """Trains to the end, by `save_epochs`, and tells what can go wrong on the way as InputErrors."""
     records = list(start.progress.records)
     try:
-        state, stopped = save_epochs(config, folder, steps, parts, start, records)
+        state, stopped = save_epochs(config, folder, steps, parts, start, records, log)
     except NonFiniteLossError as error:
         last = f"epoch {len(records)} is the last good checkpoint" if records else "there is no checkpoint before it"
         raise InputError(f"{error}; {last}, in {folder}: try a smaller --learning-rate") from None
@@ -192,6 +188,7 @@ def save_epochs(
     parts: Parts,
     start: Restored,
     records: list[dict[str, Any]],
+    log: Tracker | None,
 ) -> tuple[TrainState, int]:
     """Trains; each epoch ends with its line, its record (in `records` and metrics.jsonl), and a checkpoint.
 
@@ -208,7 +205,7 @@ def save_epochs(
         checkpoint.manager(folder / "best", int(state.step)) if has_best else nullcontext() as best,
         processes.noticing_signals() as noticed,
     ):
-        for result in fit(config, steps, state, train, held_out, start.progress.losses):
+        for result in fit(config, steps, state, train, held_out, start.progress.losses, start.progress.records):
             state = result.state
             if isinstance(result, StepResult):
                 display.step(result.epoch, result.step_of_epoch, result.losses)
@@ -223,6 +220,10 @@ def save_epochs(
             display.epoch(result.record)
             records.append(result.record)
             runs.write_records(folder, records)
+            if log:
+                draw_results(config, folder, steps, state, held_out or train, len(records))
+                if jax.process_index() == 0:
+                    log(result.record)
             # The best first: a kill between the two has the epoch done again, not its being the best forgotten.
             ious = [r["validation_mean_iou"] or 0 for r in records] if best else []
             if best and ious[-1] == max(ious):

@@ -1,36 +1,47 @@
 """Losses of logits [B, H, W, C] against integer labels [B, H, W]: pure, in float32, weighted.
 
 `weights` [B] says how much each example counts (0: padding); pixels labelled IGNORE_LABEL count in nothing. Any other
-label that is no class (below 0, or C and above) makes every loss NaN: never a reward, and training stops at it.
+label that is no class (below 0, or C and above) makes every loss NaN: never a reward, and training stops at it. Arrays
+of other shapes are an AssertionError: they would broadcast.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from unet_jax.config import IGNORE_LABEL, loss_terms
+from unet_jax.checks import loss_terms
+from unet_jax.config import IGNORE_LABEL
 from unet_jax.errors import names_for_flags
 
 Loss = Callable[[Array, ArrayLike, ArrayLike | None], Array]
 
 
-def pixel_weights(labels: ArrayLike, weights: ArrayLike | None = None, *, classes: int) -> Array:
+def pixel_weights(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
     """[B, H, W] float32: the example's weight where a label is a class, 0 where it is ignored, else NaN.
 
-    All are 0 in an example of weight 0.
+    All are 0 in an example of weight 0. Of the logits [B, H, W, C] it takes the shape alone.
+
+    Raises:
+      AssertionError: the shapes do not belong together.
     """
     labels = jnp.asarray(labels)
+    chex.assert_rank([logits, labels], [4, 3])
+    chex.assert_equal_shape_prefix([logits, labels], 3)
     wide = labels.astype(jnp.int32)  # unsigned ones cannot be compared with every number of classes
-    counts = jnp.where((wide >= 0) & (wide < classes), 1, jnp.nan).astype(jnp.float32)
+    counts = jnp.where((wide >= 0) & (wide < logits.shape[-1]), 1, jnp.nan).astype(jnp.float32)
     counts = jnp.where(labels == IGNORE_LABEL, 0, counts)
     if weights is None:
         return counts
-    weights = jnp.asarray(weights, jnp.float32)[:, None, None]
+    weights = jnp.asarray(weights, jnp.float32)
+    chex.assert_rank(weights, 1)
+    chex.assert_equal_shape_prefix([logits, weights], 1)
+    weights = weights[:, None, None]
     return jnp.where(weights == 0, 0, counts * weights)
 
 
@@ -63,8 +74,9 @@ def cross_entropy(
     class_weights [C]: the mean is weighted, sum(w[label] * -log softmax[label]) / sum(w[label]) over the batch's
     pixels, as that of torch.nn.CrossEntropyLoss(weight=w).
     """
-    counts = pixel_weights(labels, weights, classes=logits.shape[-1])
+    counts = pixel_weights(logits, labels, weights)
     if class_weights:
+        chex.assert_shape(logits, (..., len(class_weights)))
         # Ignored labels are clipped to a class, of which they count nothing.
         counts = counts * jnp.take(jnp.asarray(class_weights, counts.dtype), jnp.asarray(labels), mode="clip")
     return _mean(-log_likelihood(logits, labels), counts)
@@ -76,7 +88,7 @@ def log_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None)
     I is the softmax of the true class summed over all pixels of the batch, N their number: it depends on the mean
     probability of the truth alone. Uniform logits of three classes give log 2, perfect ones 0.
     """
-    counts = pixel_weights(labels, weights, classes=logits.shape[-1])
+    counts = pixel_weights(logits, labels, weights)
     intersection = (jnp.exp(log_likelihood(logits, labels)) * counts).sum()
     total = counts.sum()
     # A batch in which nothing counts gives 0, not infinity.
@@ -90,7 +102,7 @@ def soft_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None
     2 sum(p y) / (sum(p) + sum(y)) with p the softmax, y the one-hot truth (Milletari, Navab, Ahmadi 2016,
     arXiv:1606.04797, without the squares). A scalar; classes absent from the truth of the batch are left out.
     """
-    counts = pixel_weights(labels, weights, classes=logits.shape[-1])[..., None]
+    counts = pixel_weights(logits, labels, weights)[..., None]
     truth = jax.nn.one_hot(labels, logits.shape[-1], dtype=counts.dtype) * counts
     probabilities = jax.nn.softmax(_wide(logits)) * counts
     axes = (0, 1, 2)
@@ -104,7 +116,7 @@ LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "log_dice": log_dice,
 
 @names_for_flags()
 def make_loss(text: str, class_weights: Sequence[float] = ()) -> Loss:
-    """The loss that a text such as "cross_entropy+0.5*soft_dice" names (config.loss_terms), as one function.
+    """The loss that a text such as "cross_entropy+0.5*soft_dice" names (checks.loss_terms), as one function.
 
     class_weights [C] are those of cross_entropy; the other terms have none.
 

@@ -29,7 +29,7 @@ def picture_sums(logits: Array, labels: ArrayLike, weights: ArrayLike) -> Pictur
     A label that is neither a class nor ignored makes its picture's likelihoods NaN, and is in no confusion matrix.
     """
     classes = logits.shape[-1]
-    counts = pixel_weights(labels, weights, classes=classes)
+    counts = pixel_weights(logits, labels, weights)
     truth = jax.nn.one_hot(labels, classes, dtype=jnp.float32) * (counts > 0)[..., None].astype(jnp.float32)
     predicted = jax.nn.one_hot(logits.argmax(-1), classes, dtype=jnp.float32)
     # Zeros and ones, summed in float32 over one picture: exact up to 2^24 pixels.

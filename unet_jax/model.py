@@ -6,6 +6,7 @@ Encoder blocks of widths[0], widths[1], ... with downsampling between them, deco
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from unet_jax import layers as plain_layers
-from unet_jax.config import Downsampling, Upsampling, check_size
+from unet_jax.checks import check_size
+from unet_jax.config import Downsampling, Upsampling
 
 
 class DoubleConv(nn.Module):
@@ -60,6 +62,7 @@ class UNet(nn.Module):
 
     Raises:
       InputError: height or width is not a multiple of 2^(levels-1).
+      AssertionError: a picture without the axis of the batch.
     """
 
     downsampling: Downsampling = "max_pool"
@@ -73,6 +76,7 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
+        chex.assert_rank(images, 4)
         check_size(images.shape[1], images.shape[2], len(self.widths))
         block = nn.remat(DoubleConv, static_argnums=(2,)) if self.remat else DoubleConv
         common: dict[str, Any] = {"dtype": self.dtype, "layers": self.layers}

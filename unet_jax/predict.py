@@ -78,7 +78,7 @@ class Predictor:
             if mode != "resize":
                 bands = [self.windowed(picture, mode, tta) for picture in some]
             else:
-                small = self.network(np.stack([self.shrink(picture) for picture in some]), tta)
+                small = self.network(np.stack([self.at_training_size(picture) for picture in some]), tta)
                 bands = [grow(answer, *picture.shape[:2]) for answer, picture in zip(small, some, strict=True)]
             answers += [assemble(band, probabilities) for band in bands]
         return answers[0] if single else answers
@@ -88,8 +88,8 @@ class Predictor:
         pixels = 2**20 if jax.default_backend() == "cpu" else 2**22
         return min(max(1, pixels // (height * width)), 16) * self.placement.devices
 
-    def shrink(self, image: np.ndarray) -> np.ndarray:
-        """The picture at the training size, resized as for training."""
+    def at_training_size(self, image: np.ndarray) -> np.ndarray:
+        """The picture, uint8 [H, W, 3] of any size, at the size of training: resized as for it."""
         return resize(Example("", image, image[:, :, 0]), self.config.data.image_size).image
 
     def windowed(self, image: np.ndarray, mode: Mode, tta: Tta = "none") -> Iterator[np.ndarray]:

@@ -63,6 +63,11 @@ def write_records(folder: Path, records: list[dict[str, Any]]) -> None:
     write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records in metrics.jsonl, one for each epoch."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def environment() -> dict[str, Any]:
     """Where and how a run is made: versions, devices, command, git commit where there is one."""
     versions = {}
@@ -177,19 +182,20 @@ def fresh_state(config: RunConfig, placement: Placement) -> TrainState:
     return init_state(model, optimizer, train.seed, ema=train.ema)
 
 
-def epochs_finished(folder: Path) -> int:
-    """How many epochs the run in `folder` had when its summary was written; 0 if it has none."""
+def finished_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of the run in `folder` up to where its summary was written; none if it has no summary."""
     try:
-        return int(json.loads((folder / "summary.json").read_text())["epochs"])
+        epochs = int(json.loads((folder / "summary.json").read_text())["epochs"])
+        return read_records(folder)[:epochs]
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        return []
 
 
 def clear(folder: Path) -> None:
     """Removes a run's own files from its folder, and nothing else. Of many processes, the first; the others wait."""
     if jax.process_index() == 0:
         (folder / "config.json").unlink(missing_ok=True)  # first: without it what is left is no run
-        for name in ("checkpoints", "best"):
+        for name in ("checkpoints", "best", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)

@@ -7,11 +7,26 @@ from typing import Any
 
 import jax
 
-from unet_jax import runs, train
+from unet_jax import device, runs, train
 from unet_jax.checkpoint import Progress, Restored
 from unet_jax.config import RunConfig
 from unet_jax.device import Placement
 from unet_jax.errors import InputError
+
+
+def settle_precision(config: RunConfig, folder: Path, placement: Placement, overwrite: bool) -> RunConfig:
+    """The config with the precision "auto" settled: that of the run that goes on in the folder, else the fastest.
+
+    It is written settled, so that a run that goes on elsewhere does not change it without a word.
+    """
+    fastest, precision = device.fastest_precision(placement), config.model.precision
+    if precision == "bfloat16" and fastest == "float32":
+        print("bfloat16 is slower than float32 here: it needs a GPU, or one CPU with AMX", file=sys.stderr)
+    if precision != "auto":
+        return config
+    goes_on = not overwrite and (folder / "config.json").exists()
+    precision = runs.read_config(folder).model.precision if goes_on else fastest
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
 
 
 def start_from(config: RunConfig, placement: Placement) -> Restored:

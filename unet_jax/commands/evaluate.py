@@ -37,7 +37,7 @@ class Options:
     examples: int | None = None
     """The first N pictures. Default: as many as the run took."""
     out: Path | None = None
-    """Folder for the results. Default: RUN/evaluation-<split>."""
+    """Folder for the results. Default: RUN/evaluation-SPLIT."""
 
 
 def is_own(options: Options, config: "RunConfig", found: "dict[str, Source]") -> bool:
@@ -108,8 +108,9 @@ def evaluate_run(options: Options) -> None:
     from unet_jax import device, runs
     from unet_jax.data.batches import Loader
     from unet_jax.folders import default_cache_dir
+    from unet_jax.loop import evaluate
     from unet_jax.metrics import scores_csv, shown
-    from unet_jax.train import evaluate, make_steps
+    from unet_jax.train import make_steps
 
     if options.examples is not None and options.examples < 1:
         raise InputError(f"--examples is {options.examples}: it must be at least 1")

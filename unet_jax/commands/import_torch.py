@@ -14,16 +14,8 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from unet_jax.config import (
-    DataConfig,
-    Downsampling,
-    ModelConfig,
-    RunConfig,
-    Upsampling,
-    check_config,
-    default_config,
-    to_dict,
-)
+from unet_jax.checks import check_config
+from unet_jax.config import DataConfig, Downsampling, ModelConfig, RunConfig, Upsampling, default_config, to_dict
 from unet_jax.errors import InputError, exit_on_input_error
 
 

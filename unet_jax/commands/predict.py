@@ -62,7 +62,7 @@ def read(path: Path, name: str, options: Options, predictor: "Predictor") -> tup
         text = f"{path.parent} has 16-bit pictures that are nearly black, if {white} is white as the run has it"
         tell_once(f"{text}: --white {white_of(pixels.brightest)} suits them", file=sys.stderr)
     image = scale(pixels.values, white)
-    return name, image, predictor.shrink(image) if options.mode == "resize" else None
+    return name, image, predictor.at_training_size(image) if options.mode == "resize" else None
 
 
 def segment(pictures: Sequence[tuple], options: Options, predictor: "Predictor") -> list[np.ndarray]:

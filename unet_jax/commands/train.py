@@ -6,17 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import tyro
 
-from unet_jax.config import (
-    PUBLISHED,
-    DatasetName,
-    RunConfig,
-    check_config,
-    default_config,
-)
+from unet_jax.checks import check_config
+from unet_jax.config import PUBLISHED, DatasetName, RunConfig, default_config
 from unet_jax.errors import InputError, exit_on_input_error
 
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
@@ -32,7 +27,7 @@ class Options:
 
     config: RunConfig
     workdir: str | None = None
-    """The run's folder. Default: runs/<variant> (with `all`: a folder for each variant inside)."""
+    """The run's folder. Default: runs/VARIANT (with `all`: a folder for each variant inside)."""
     overwrite: bool = False
     """Start anew in a folder that holds another run, whose files are removed."""
     download: bool = False
@@ -43,6 +38,8 @@ class Options:
     """Keep compiled programs in ~/.cache/unet_jax/xla, so that a later start compiles nothing."""
     deterministic: bool = False
     """Have a GPU add in a fixed order: repeated and resumed runs are bit-equal, steps take longer."""
+    log: Literal["tensorboard"] | None = None
+    """Write losses, scores and results.png after each epoch for TensorBoard, in the run's folder tensorboard."""
     distributed: bool = False
     """Be one of many processes that make the run together; Slurm, Open MPI and Kubernetes tell all the rest."""
     coordinator: str | None = None
@@ -102,15 +99,17 @@ def parse(argv: Sequence[str], prog: str | None = None) -> list[Options]:
 
 def train_run(options: Options, placement: "Placement") -> None:
     """Makes one run, or what is left of it (`unet_jax.experiment`)."""
-    from unet_jax import experiment
+    from unet_jax import experiment, trackers
 
+    folder = Path(options.workdir or ".")
     experiment.train_run(
         options.config,
-        Path(options.workdir or "."),
+        folder,
         placement,
         overwrite=options.overwrite,
         cache_dir=options.cache_dir,
         deterministic=options.deterministic,
+        log=trackers.tensorboard(folder) if options.log else None,
     )
 
 

@@ -93,9 +93,9 @@ class Loader:
         """Batches in an epoch, a short last one included."""
         return -(-len(self.rows) // self.batch_size)
 
-    def train(self, seed: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """The epoch's shuffled batches but for the first `skip`; the last may be short."""
-        order = shuffled(len(self.rows), seed, epoch)
+    def epoch(self, seed: int, number: int, skip: int = 0) -> Iterator[Batch]:
+        """The shuffled batches of the epoch of that number but for the first `skip`; the last may be short."""
+        order = shuffled(len(self.rows), seed, number)
         for start in range(skip * self.batch_size, len(order), self.batch_size):
             yield self._batch(order[start : start + self.batch_size])
 

@@ -4,14 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from unet_jax.config import (
-    FOLDER_BATCH_SIZE,
-    SYNTHETIC_EXAMPLES,
-    DataConfig,
-    DatasetName,
-    RunConfig,
-    check_classes_of_data,
-)
+from unet_jax.checks import check_classes_of_data
+from unet_jax.config import FOLDER_BATCH_SIZE, SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig
 from unet_jax.data import folder, oxford_iiit_pet, synthetic
 from unet_jax.data.cache import Split, load_split
 from unet_jax.data.source import Source

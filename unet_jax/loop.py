@@ -1,0 +1,143 @@
+"""The loop of epochs: a generator that trains and evaluates, and owns no files."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.training.early_stopping import EarlyStopping
+from jax import Array
+
+from unet_jax.config import RunConfig
+from unet_jax.data.batches import Loader
+from unet_jax.metrics import PictureSums, scores
+from unet_jax.train import Steps, TrainState, make_schedule
+
+STATISTICS_BATCHES = 20  # that the batch statistics of averaged params are taken from
+
+
+def evaluate(
+    evaluate_step: Callable, state: TrainState, loader: Loader, class_names: Sequence[str]
+) -> tuple[dict[str, Any], PictureSums]:
+    """The metrics of a split (metrics.scores), and its pictures' sums [N, ...] on the host.
+
+    test_loss is the published definition: the mean over batches of the batch's loss, however short the last is.
+    """
+    results = [evaluate_step(state, batch) for batch in loader.evaluation()]
+    losses, batches = zip(*jax.device_get(results), strict=True)  # the one transfer
+    count = len(loader.rows)
+    sums = PictureSums(*(np.concatenate(parts)[:count] for parts in zip(*batches, strict=True)))
+    return {"test_loss": float(np.mean(losses)), **scores(sums, class_names)}, sums
+
+
+class NonFiniteLossError(Exception):
+    """The loss of `step` (counted from 1) in `epoch` was not finite."""
+
+    def __init__(self, epoch: int, step: int, loss: float) -> None:
+        """Keeps where it happened."""
+        super().__init__(f"the loss is {loss} at step {step} (epoch {epoch})")
+
+
+class StepResult(NamedTuple):
+    """After each step: the state after it, its loss (on the device, maybe not ready), those before it."""
+
+    epoch: int
+    step_of_epoch: int
+    state: TrainState
+    loss: Array
+    losses: list[float]
+
+
+class EpochResult(NamedTuple):
+    """After each epoch: the state, and the record that becomes a line of metrics.jsonl."""
+
+    state: TrainState
+    record: dict[str, Any]
+
+
+def out_of_patience(records: Sequence[Mapping[str, Any]], patience: int) -> bool:
+    """Whether the validation part's mean IoU had not risen for `patience` epochs on end, somewhere in these records.
+
+    Patience of 0 has no end. The records are those of all epochs from the first, so a run that goes on counts alike.
+    """
+    if not patience:
+        return False
+    stopping = EarlyStopping(patience=patience - 1)  # which waits for one epoch more than its patience
+    for record in records:
+        stopping = stopping.update(-(record["validation_mean_iou"] or 0))
+    return stopping.should_stop
+
+
+def fit(
+    config: RunConfig,
+    steps: Steps,
+    state: TrainState,
+    train: Loader,
+    held_out: Loader | None,
+    losses: Sequence[float] = (),
+    records: Sequence[Mapping[str, Any]] = (),
+) -> Iterator[StepResult | EpochResult]:
+    """Trains from `state` to the config's last epoch, or to the end of its patience; goes on from within an epoch too.
+
+    `held_out` is what each epoch evaluates: the test split, or where there is a validation fraction that part, whose
+    metrics are recorded as validation_loss, validation_mean_iou and so on; or None, nothing. Yields a StepResult after
+    each step and an EpochResult after each epoch. `records` are those of the epochs that the state has behind it, and
+    `losses` those of the steps in its own. A yielded state is good until the next step takes its memory.
+
+    Raises:
+      NonFiniteLossError: noticed at the latest when the epoch ends, before its EpochResult.
+    """
+    done, first = divmod(int(state.step), len(train))
+    rate = make_schedule(config.train, len(train))
+    for epoch in range(done + 1, config.train.epochs + 1):
+        if out_of_patience(records, config.train.patience):
+            return
+        start = time.perf_counter()
+        known, pending = list(losses), None
+        for i, batch in enumerate(train.epoch(config.train.seed, epoch, skip=first), first + 1):
+            state, loss = steps.train(state, batch)
+            if pending is not None:  # fetched a step late, so that the device always has its next step queued
+                known.append(_finite(pending, epoch, i - 1))
+            pending = loss
+            yield StepResult(epoch, i, state, loss, known)
+        known.append(_finite(pending, epoch, len(train)))
+        if state.averaged is not None:
+            state = _with_statistics(steps, state, train, config.train.seed)
+        seconds = time.perf_counter() - start
+        scores_: dict[str, Any] = {}
+        if held_out is not None:
+            scores_, _ = evaluate(steps.evaluate, state, held_out, config.data.class_names)
+        if config.data.validation_fraction:
+            scores_ = {f"validation_{name.removeprefix('test_')}": value for name, value in scores_.items()}
+        counts = np.full(len(known), train.batch_size)
+        counts[-1] = len(train.rows) - train.batch_size * (len(train) - 1)
+        record = {
+            "epoch": epoch,
+            "train_loss": float(np.average(known, weights=counts)),
+            "last_batch_loss": known[-1],
+            **scores_,
+            "learning_rate": float(rate(epoch * len(train) - 1)) if callable(rate) else rate,
+            "seconds": seconds,
+            "evaluation_seconds": time.perf_counter() - start - seconds,
+            "images_per_second": float(counts[first:].sum()) / seconds,
+        }
+        yield EpochResult(state, record)
+        losses, first, records = (), 0, [*records, record]
+
+
+def _with_statistics(steps: Steps, state: TrainState, train: Loader, seed: int) -> TrainState:
+    # Of an epoch that is never trained on, the same at each call; whole batches where there is one.
+    whole = max(1, len(train.rows) // train.batch_size)
+    for i, batch in enumerate(islice(train.epoch(seed, 0), min(whole, STATISTICS_BATCHES))):
+        state = steps.statistics(state, batch, i)
+    return state
+
+
+def _finite(loss: Any, epoch: int, step: int) -> float:
+    value = float(loss)
+    if not math.isfinite(value):
+        raise NonFiniteLossError(epoch, step, value)
+    return value
