@@ -27,6 +27,7 @@ Augment = Literal["none", "basic", "strong"]
 Schedule = Literal["constant", "cosine"]
 DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic", "folder"]
 Meaning = Literal["class", "ignored"]
+ImageSize = int | tuple[int, int]  # the side of a square, or height and width
 
 
 class Variant(NamedTuple):
@@ -52,6 +53,16 @@ VARIANTS = {
 PUBLISHED = tuple(TEST_LOSSES)  # those of the reproduced work
 
 
+def sides(size: ImageSize) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_text(size: ImageSize) -> str:
+    """The text 240, or 352x480: height by width."""
+    return str(size) if isinstance(size, int) else "{}x{}".format(*size)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The pictures."""
@@ -60,8 +71,8 @@ class DataConfig:
     """auto: the prepared pets, else download them, else synthetic pets; folder: the pictures in --data-dir."""
     data_dir: str | None = None
     """Folder of the prepared dataset (default: the one of tensorflow-datasets), or with images/ and masks/ of yours."""
-    image_size: int = 240
-    """Height and width that pictures are resized to; a multiple of 2^(levels-1)."""
+    image_size: ImageSize = 240
+    """Side of the square, or height and width, that pictures are resized to: multiples of 2^(levels-1)."""
     train_examples: int | None = None
     """The first N training pictures. Default: all."""
     test_examples: int | None = None
@@ -80,6 +91,11 @@ class DataConfig:
     """What 255 is in a folder's masks: the second of two classes, or no class. Default: what all masks together say."""
     white: int | None = 65535
     """The value of 16-bit grey pictures that is white. Default for a folder: the most of as many bits as they use."""
+
+    def __post_init__(self) -> None:
+        height, width = sides(self.image_size)
+        if height == width:  # one way to write a square: that of older configs
+            object.__setattr__(self, "image_size", height)
 
 
 @dataclass(frozen=True)
@@ -222,7 +238,7 @@ def check_config(config: RunConfig) -> None:
         raise InputError(f"--scale is {data.scale}: both must be positive and finite")
     if data.white is not None and not 0 < data.white < 65536:
         raise InputError(f"--white is {data.white}: it must be from 1 to 65535")
-    check_size(data.image_size, data.image_size, len(model.widths))
+    check_size(*sides(data.image_size), len(model.widths))
     if data.class_names or data.dataset != "folder":  # whose classes are yet to be counted
         check_class_names(data.class_names)
     names = [name for _, name in loss_terms(train.loss)]

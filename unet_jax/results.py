@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from unet_jax import plots, runs
-from unet_jax.config import RunConfig
+from unet_jax.config import RunConfig, sides
 from unet_jax.data.batches import Parts
 from unet_jax.metrics import held_out, scores_csv, shown
 from unet_jax.train import Steps, TrainState, evaluate
@@ -35,7 +35,8 @@ def write_results(
         of_test, sums = evaluate(steps.evaluate, state, test, names)
         runs.write_text(folder / "scores.csv", scores_csv(test.names, np.asarray(sums.confusion), names))
         scores = {"epoch": scores["epoch"], **of_test} if data.validation_fraction else scores
-    title = f"{config.variant} on {data.dataset} ({data.image_size}x{data.image_size}, {len(records)} epochs)"
+    height, width = sides(data.image_size)
+    title = f"{config.variant} on {data.dataset} ({height}x{width}, {len(records)} epochs)"
     rows = drawn.rows[plots.spread(len(drawn.rows), 10)]
     images, labels = np.asarray(drawn.split.images[rows]), np.asarray(drawn.split.labels[rows])
     predictions = np.asarray(steps.predict(state, images))

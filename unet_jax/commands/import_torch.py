@@ -17,6 +17,7 @@ import tyro
 from unet_jax.config import (
     DataConfig,
     Downsampling,
+    ImageSize,
     ModelConfig,
     RunConfig,
     Upsampling,
@@ -37,8 +38,8 @@ class Options:
     """The variant that the weights are of."""
     out: Path
     """The run's folder, new or empty."""
-    image_size: int = DataConfig.image_size
-    """Height and width that the network was trained at."""
+    image_size: ImageSize = DataConfig.image_size
+    """Side of the squares, or height and width, that the network was trained at."""
     widths: tuple[int, ...] = ModelConfig.widths
     """Features of the encoder's blocks, from full resolution down."""
     class_names: tuple[str, ...] = DataConfig.class_names
