@@ -104,6 +104,9 @@ def test_resize_antialiases_pictures_and_invents_no_class():
     assert np.abs(small.image.astype(int) - 127).max() <= 2  # without antialiasing: 0 or 255
     assert set(np.unique(small.labels)) == {0, 2}
     np.testing.assert_array_equal(small.labels, np.where(np.indices((16, 16))[1] < 5, 0, 2))
+    flat = cache.resize(Example("x", image, labels), (16, 32))
+    assert flat.image.shape == (16, 32, 3)
+    np.testing.assert_array_equal(flat.labels, np.where(np.indices((16, 32))[1] < 10, 0, 2))
     unchanged = Example("x", image, labels)
     assert cache.resize(unchanged, 64) is unchanged
 

@@ -17,6 +17,8 @@ from unet_jax.config import (
     default_config,
     differences,
     from_dict,
+    sides,
+    size_text,
     to_dict,
 )
 from unet_jax.errors import InputError
@@ -125,6 +127,7 @@ def test_an_unknown_variant_is_refused_with_what_is_near(variant, hint):
         ("data", "class_names", (), "--class-names are 0: two classes are the least"),
         ("data", "class_names", tuple(map(str, range(256))), "--class-names are 256: two"),
         ("data", "image_size", 100, "pictures of 100x100 do not fit 5 levels"),
+        ("data", "image_size", (360, 480), "pictures of 360x480 do not fit 5 levels"),
         ("train", "loss", "dice", "--loss has the term 'dice'"),
         ("train", "ema", 1.0, "--ema is 1.0: it must be at least 0 and below 1"),
         ("train", "weight_decay", -0.1, "--weight-decay is -0.1: it must be finite and not negative"),
@@ -144,6 +147,21 @@ def test_check_size():
     check_size(7, 5, 1)
     assert refusal(check_size, 250, 239, 5).endswith("must be multiples of 16; the nearest size is 256x240")
     assert refusal(check_size, 0, 16, 5).endswith("the nearest size is 16x16")
+
+
+def test_a_square_is_one_number_in_all_configs():
+    def read(size: int | list[int]) -> int | tuple[int, int]:
+        values = to_dict(CONFIG)
+        config = from_dict({**values, "data": {**values["data"], "image_size": size}})
+        assert through_json(config) == config
+        return config.data.image_size
+
+    assert [read(240), read([240, 240]), read([352, 480])] == [240, 240, (352, 480)]
+    assert (sides(240), sides((352, 480))) == ((240, 240), (352, 480))
+    assert (size_text(240), size_text((352, 480))) == ("240", "352x480")
+    other = replace(CONFIG, data=replace(CONFIG.data, image_size=(352, 480)))
+    assert differences(CONFIG, other) == ["data.image_size: 240 -> (352, 480)"]
+    assert "can not match" in refusal(read, [1, 2, 3])
 
 
 def test_differences():

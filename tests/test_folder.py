@@ -287,7 +287,7 @@ def test_folders_with_nothing_to_use(tmp_path):
         load(tmp_path)
     save(tmp_path, "only", labels())
     (tmp_path / "images" / ".DS_Store").write_text("")
-    with pytest.raises(InputError, match=r"has splits without pictures: 1 \(test\)$"):
+    with pytest.raises(InputError, match=r"has splits without pictures \(--test-fraction 0 .* test\): 1 \(test\)$"):
         load(tmp_path)
 
 

@@ -99,7 +99,10 @@ def test_no_test_at_all(tmp_path):
     found = split_of(tmp_path, fraction=0)
     assert (sorted(found["train"]), found["test"]) == ([f"p{i}" for i in range(8)], [])
     write_lists(tmp_path, train=" ".join(found["train"]))
-    assert "splits without pictures: 1 (test)" in refusal(tmp_path)
+    assert "splits without pictures (--test-fraction 0 trains without a test): 1 (test)" in refusal(tmp_path)
+    assert split_of(tmp_path, fraction=0)["test"] == []
+    write_lists(tmp_path, train="p0 p1", test="")
+    assert "splits without pictures: 1 (test)" in refusal(tmp_path, fraction=0)
 
 
 def test_masks_named_by_other_tools(tmp_path, capsys):

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from unet_jax.config import IGNORE_LABEL, RunConfig
+from unet_jax.config import IGNORE_LABEL, RunConfig, sides
 from unet_jax.errors import InputError
 
 
@@ -56,7 +56,7 @@ def check_config(config: RunConfig) -> None:
         raise InputError(f"--scale is {data.scale}: both must be positive and finite")
     if data.white is not None and not 0 < data.white < 65536:
         raise InputError(f"--white is {data.white}: it must be from 1 to 65535")
-    check_size(data.image_size, data.image_size, len(model.widths))
+    check_size(*sides(data.image_size), len(model.widths))
     if data.class_names or data.dataset != "folder":  # whose classes are yet to be counted
         check_class_names(data.class_names)
     names = [name for _, name in loss_terms(train.loss)]

@@ -24,6 +24,7 @@ Augment = Literal["none", "basic", "strong"]
 Schedule = Literal["constant", "cosine"]
 DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic", "folder"]
 Meaning = Literal["class", "ignored"]
+ImageSize = int | tuple[int, int]  # the side of a square, or height and width
 
 
 class Variant(NamedTuple):
@@ -49,6 +50,16 @@ VARIANTS = {
 PUBLISHED = tuple(TEST_LOSSES)  # those of the reproduced work
 
 
+def sides(size: ImageSize) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_text(size: ImageSize) -> str:
+    """The text 240, or 352x480: height by width."""
+    return str(size) if isinstance(size, int) else "{}x{}".format(*size)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The pictures."""
@@ -57,8 +68,8 @@ class DataConfig:
     """auto: the prepared pets, else download them, else synthetic pets; folder: the pictures in --data-dir."""
     data_dir: str | None = None
     """Folder of the prepared dataset (default: the one of tensorflow-datasets), or with images/ and masks/ of yours."""
-    image_size: int = 240
-    """Height and width that pictures are resized to; a multiple of 2^(levels-1)."""
+    image_size: ImageSize = 240
+    """Side of the square, or height and width, that pictures are resized to: multiples of 2^(levels-1)."""
     train_examples: int | None = None
     """The first N training pictures. Default: all."""
     test_examples: int | None = None
@@ -77,6 +88,11 @@ class DataConfig:
     """What 255 is in a folder's masks: the second of two classes, or no class. Default: what all masks together say."""
     white: int | None = 65535
     """The value of 16-bit grey pictures that is white. Default for a folder: the most of as many bits as they use."""
+
+    def __post_init__(self) -> None:
+        height, width = sides(self.image_size)
+        if height == width:  # one way to write a square: that of older configs
+            object.__setattr__(self, "image_size", height)
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,8 @@ def results_figure(
     from matplotlib.patches import Patch
 
     count, classes = len(images), len(class_names)
-    figure = _figure(6.2, 2.05 * count + 0.9)
+    shape = max(images.shape[1] / images.shape[2], 0.5)  # in less the rows' titles would overlap
+    figure = _figure(6.2, 2.05 * shape * count + 0.9)
     figure.suptitle(_plain(title))
     grid = figure.subplots(count, 3, squeeze=False)
     for i, row in enumerate(grid):

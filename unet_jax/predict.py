@@ -14,7 +14,7 @@ from PIL import Image
 
 from unet_jax import device, runs
 from unet_jax.checkpoint import Restored
-from unet_jax.config import RunConfig
+from unet_jax.config import RunConfig, sides
 from unet_jax.data.cache import resize
 from unet_jax.data.source import Example
 from unet_jax.errors import InputError
@@ -71,8 +71,7 @@ class Predictor:
             if value not in choices:
                 raise InputError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
         answers = []
-        side = self.config.data.image_size
-        count = self.batch_size(side, side)
+        count = self.batch_size(*sides(self.config.data.image_size))
         for start in range(0, len(pictures), count):
             some = pictures[start : start + count]
             if mode != "resize":

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from unet_jax import plots, runs
-from unet_jax.config import RunConfig
+from unet_jax.config import RunConfig, sides
 from unet_jax.data.batches import Loader, Parts
 from unet_jax.loop import evaluate, out_of_patience
 from unet_jax.metrics import held_out, scores_csv, shown
@@ -78,5 +78,5 @@ def draw_results(config: RunConfig, folder: Path, steps: Steps, state: TrainStat
 
 
 def _title(config: RunConfig, epochs: int) -> str:
-    size = config.data.image_size
-    return f"{config.variant} on {config.data.dataset} ({size}x{size}, {epochs} epochs)"
+    height, width = sides(config.data.image_size)
+    return f"{config.variant} on {config.data.dataset} ({height}x{width}, {epochs} epochs)"

@@ -15,7 +15,16 @@ import numpy as np
 import tyro
 
 from unet_jax.checks import check_config
-from unet_jax.config import DataConfig, Downsampling, ModelConfig, RunConfig, Upsampling, default_config, to_dict
+from unet_jax.config import (
+    DataConfig,
+    Downsampling,
+    ImageSize,
+    ModelConfig,
+    RunConfig,
+    Upsampling,
+    default_config,
+    to_dict,
+)
 from unet_jax.errors import InputError, exit_on_input_error
 
 
@@ -29,8 +38,8 @@ class Options:
     """The variant that the weights are of."""
     out: Path
     """The run's folder, new or empty."""
-    image_size: int = DataConfig.image_size
-    """Height and width that the network was trained at."""
+    image_size: ImageSize = DataConfig.image_size
+    """Side of the squares, or height and width, that the network was trained at."""
     widths: tuple[int, ...] = ModelConfig.widths
     """Features of the encoder's blocks, from full resolution down."""
     class_names: tuple[str, ...] = DataConfig.class_names

@@ -157,6 +157,7 @@ def main(options: Options) -> int:
     from tqdm import tqdm
 
     from unet_jax import device
+    from unet_jax.config import sides
     from unet_jax.data import pictures as pictures_files
     from unet_jax.folders import default_cache_dir
     from unet_jax.predict import load
@@ -176,13 +177,11 @@ def main(options: Options) -> int:
         print(line, file=sys.stderr)
     if options.mode == "tile":
         print(scale_line(predictor.config.data.scale))
-    size = predictor.config.data.image_size
+    at_once = predictor.batch_size(*sides(predictor.config.data.image_size))
     start = time.perf_counter()
     bar = tqdm(total=len(pictures), unit=" pictures", desc="segmenting", disable=None)
     with bar:
-        unread, in_network = segment_all(
-            groups(pictures, names, predictor.batch_size(size, size)), options, predictor, bar
-        )
+        unread, in_network = segment_all(groups(pictures, names, at_once), options, predictor, bar)
     seconds, good = time.perf_counter() - start, len(pictures) - len(unread)
     bad += unread
     for line in bad:

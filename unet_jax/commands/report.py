@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from unet_jax.config import VARIANTS, RunConfig, default_config, differences, from_dict
+from unet_jax.config import VARIANTS, RunConfig, default_config, differences, from_dict, size_text
 from unet_jax.errors import InputError, exit_on_input_error
 from unet_jax.published import TEST_LOSSES
 
@@ -77,7 +77,7 @@ def row(runs: list[Run]) -> str:
     best = [min(r["test_loss"] for r in run.records) for run in runs if "test_loss" in run.records[-1]]
     iou = [{k: v for k, v in run.scores["iou"].items() if v is not None} for run in runs]
     cells = (
-        config.variant, data.dataset, data.image_size, data.train_examples or "all", len(runs[0].records),
+        config.variant, data.dataset, size_text(data.image_size), data.train_examples or "all", len(runs[0].records),
         settings(config), runs[0].framework, " ".join(str(run.config.train.seed) for run in runs),
         min(published.values()) if published else "-",
         spread(run.scores["test_loss"] for run in runs), spread(best) if best else "-",

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from unet_jax.config import ImageSize, sides, size_text
 from unet_jax.data.source import Example, Source
 from unet_jax.errors import InputError
 
@@ -26,10 +27,10 @@ ARRAYS = ("images", "labels")
 
 
 class Split(NamedTuple):
-    """images uint8 [N, S, S, 3], labels uint8 [N, S, S] (both may be memory-mapped), names of the N pictures.
+    """images uint8 [N, H, W, 3], labels uint8 [N, H, W] (both may be memory-mapped), names of the N pictures.
 
-    scale is S over the pictures' own heights and widths: the median of each. validation has the names of those that the
-    dataset itself keeps for validation.
+    scale is H and W over the pictures' own heights and widths: the median of each. validation has the names of those
+    that the dataset itself keeps for validation.
     """
 
     images: np.ndarray
@@ -39,17 +40,18 @@ class Split(NamedTuple):
     validation: frozenset[str] = frozenset()
 
 
-def resize(example: Example, size: int) -> Example:
-    """The example at size x size: picture antialiased bilinear, labels nearest, so that no class is invented."""
-    if example.labels.shape == (size, size):
+def resize(example: Example, size: ImageSize) -> Example:
+    """The example at that size: picture antialiased bilinear, labels nearest, so that no class is invented."""
+    height, width = sides(size)
+    if example.labels.shape == (height, width):
         return example
-    image = Image.fromarray(example.image).resize((size, size), Image.Resampling.BILINEAR)
-    labels = Image.fromarray(example.labels).resize((size, size), Image.Resampling.NEAREST)
+    image = Image.fromarray(example.image).resize((width, height), Image.Resampling.BILINEAR)
+    labels = Image.fromarray(example.labels).resize((width, height), Image.Resampling.NEAREST)
     return Example(example.name, np.asarray(image), np.asarray(labels))
 
 
-def load_split(source: Source, size: int, examples: int | None, cache_dir: Path) -> Split:
-    """The first `examples` pictures (None: all) of a source at size x size, from the cache or made for it.
+def load_split(source: Source, size: ImageSize, examples: int | None, cache_dir: Path) -> Split:
+    """The first `examples` pictures (None: all) of a source at that size, from the cache or made for it.
 
     The cache is keyed by all that the arrays depend on. A folder in it is complete from the moment it has its name,
     whoever else builds it meanwhile; one whose bytes have changed since is made again.
@@ -60,7 +62,7 @@ def load_split(source: Source, size: int, examples: int | None, cache_dir: Path)
     count = source.size if examples is None else min(examples, source.size)
     key = {"version": VERSION, "size": size, "count": count, **source.identity}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_dir / f"{source.dataset}-{source.split}-{size}-{digest}"
+    folder = cache_dir / f"{source.dataset}-{source.split}-{size_text(size)}-{digest}"
     split = _open(folder)
     if split is None:
         try:
@@ -97,7 +99,7 @@ def _checksum(array: np.ndarray) -> int:
     return value
 
 
-def _build(source: Source, size: int, count: int, folder: Path) -> None:
+def _build(source: Source, size: ImageSize, count: int, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -129,8 +131,8 @@ def _remove_abandoned(folder: Path) -> None:
                 os.close(held)
 
 
-def _decode(source: Source, size: int, count: int, building: Path) -> None:
-    shapes: dict[str, tuple[int, ...]] = {"images": (count, size, size, 3), "labels": (count, size, size)}
+def _decode(source: Source, size: ImageSize, count: int, building: Path) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"images": (count, *sides(size), 3), "labels": (count, *sides(size))}
     _check_room(building, sum(int(np.prod(shape)) for shape in shapes.values()))
     create: Callable[..., Any] = np.lib.format.open_memmap
     arrays = {name: create(building / f"{name}.npy", "w+", np.uint8, shape) for name, shape in shapes.items()}

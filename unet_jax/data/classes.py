@@ -1,4 +1,4 @@
-"""classes.json: the names of a folder's classes, and the colours or values that its masks have for them."""
+"""classes.json, or CVAT's labelmap.txt: the names of a folder's classes, and their colours or values in its masks."""
 
 import json
 from collections import Counter
@@ -14,6 +14,8 @@ from unet_jax.errors import InputError
 
 COLOUR = 1 << 24  # a colour is told from a value by this plus 0xRRGGBB: beyond all values
 FORM = '{"names": ["road", ...], "colours": [[128, 64, 128], ...], "ignore": [[0, 0, 0]]}'
+LABELMAP = "label:red,green,blue:: a line"
+BLACK, BORDER = [0, 0, 0], [224, 224, 192]  # in Pascal VOC what no object has, and the border between objects
 
 Table = tuple[tuple[int, int], ...]  # a value or COLOUR + 0xRRGGBB, and its label; () where values are labels
 
@@ -33,14 +35,15 @@ def read(path: Path, names: tuple[str, ...]) -> tuple[tuple[str, ...], Table]:
     Raises:
       InputError: the file has another form, or names other classes than `names`.
     """
+    form, parse = (LABELMAP, _labelmap) if path.suffix == ".txt" else (FORM, json.loads)
     try:
-        values = json.loads(path.read_text("utf-8-sig")) if path.exists() else {}
+        values = parse(path.read_text("utf-8-sig")) if path.exists() else {}
         file = dacite.from_dict(ClassesFile, values, dacite.Config(strict=True))
         listed = file.colours + file.ignore
         in_colours = any(isinstance(colour, list) for colour in listed)
         codes = [_code(colour, in_colours) for colour in listed]
     except (OSError, ValueError, AttributeError, dacite.DaciteError) as error:
-        raise InputError(f"{path} is not of the form {FORM}: {error}") from None
+        raise InputError(f"{path} is not of the form {form}: {error}") from None
     if names and file.names and names != tuple(file.names):
         raise InputError(f"the classes are to be {', '.join(names)}, but {path} names {', '.join(file.names)}")
     names = names or tuple(file.names) or tuple(f"class_{i}" for i in range(len(file.colours)))
@@ -49,6 +52,25 @@ def read(path: Path, names: tuple[str, ...]) -> tuple[tuple[str, ...], Table]:
     if codes and (repeated(codes) or len(file.colours) != len(names) or not names):
         raise InputError(f"{path} has {len(file.colours)} colours for {len(names)} classes: each must have its own")
     return names, tuple((code, i if i < len(names) else IGNORE_LABEL) for i, code in enumerate(codes))
+
+
+def _labelmap(text: str) -> dict[str, Any]:
+    """What classes.json would say, of lines label:color_rgb:parts:actions; "ignored" is no class.
+
+    Black is the background, and BORDER is ignored, where no line says otherwise.
+    """
+    labels = []
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, colour, *_ = line.split(":")
+            labels.append((name.strip(), [int(part) for part in colour.split(",")]))
+    if not any(name == "background" or colour == BLACK for name, colour in labels):
+        labels.insert(0, ("background", BLACK))
+    if not any(colour == BORDER for _, colour in labels):
+        labels.append(("ignored", BORDER))
+    classes = [label for label in labels if label[0] != "ignored"]
+    ignore = [colour for name, colour in labels if name == "ignored"]
+    return {"names": [name for name, _ in classes], "colours": [colour for _, colour in classes], "ignore": ignore}
 
 
 def _code(colour: int | list[int], in_colours: bool) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from unet_jax.checks import check_classes_of_data
-from unet_jax.config import FOLDER_BATCH_SIZE, SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig
+from unet_jax.config import FOLDER_BATCH_SIZE, SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig, sides
 from unet_jax.data import folder, oxford_iiit_pet, synthetic
 from unet_jax.data.cache import Split, load_split
 from unet_jax.data.source import Source
@@ -76,7 +76,8 @@ def sources(config: DataConfig, seed: int) -> dict[str, Source]:
     if config.dataset == "synthetic":
         asked = {"train": config.train_examples, "test": config.test_examples}
         counts = {split: asked[split] or default for split, default in SYNTHETIC_EXAMPLES.items()}
-        return {split: synthetic.source(split, n, config.image_size, seed) for split, n in counts.items()}
+        side = max(sides(config.image_size))  # drawn as squares, and resized like any other picture
+        return {split: synthetic.source(split, n, side, seed) for split, n in counts.items()}
     if config.dataset == "folder":
         return folder.sources(config, seed)
     data_dir = Path(config.data_dir) if config.data_dir else oxford_iiit_pet.default_data_dir()

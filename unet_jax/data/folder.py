@@ -10,7 +10,9 @@
                       test split
     DIR/val.txt       optional: the pictures that are kept from training, to choose the best epoch by
 
-In place of lists images/ and masks/ may both have folders of the splits: train, val and test.
+The other layouts (unet_jax.data.layouts) are read alike. In place of lists there may be folders of the splits: train,
+val and test, in images/ and masks/ or around them. Pascal VOC's JPEGImages/ and SegmentationClass/ have their lists in
+ImageSets/Segmentation/, and labelmap.txt for classes.json, if any. Masks NAME_mask may lie beside the pictures.
 
 Without colours a mask holds indices: grey of 1, 8 or 16 bits, the indices of a palette (of the same colours in all
 masks), or RGB that is all grey. 255 is ignored, but where all masks hold 0 and 255 alone it is the second of two
@@ -32,7 +34,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from unet_jax.config import IGNORE_LABEL, DataConfig, Meaning
-from unet_jax.data import classes, masks, pictures
+from unet_jax.data import classes, layouts, masks, pictures
 from unet_jax.data.classes import Table, some
 from unet_jax.data.masks import Reading, Seen
 from unet_jax.data.pairs import LISTS, Pair, Problems, Splits, split
@@ -60,7 +62,7 @@ def complete(data: DataConfig, seed: int) -> DataConfig:
     folder = _checked(data, seed, to_train=True)
     kept, trained = (len(folder.splits[split]) for split in ("validation", "train"))
     if kept and data.validation_fraction:
-        raise InputError(f"{data.data_dir} has a val.txt, which says what is kept: leave --validation-fraction out")
+        raise InputError(f"{data.data_dir} says itself what is kept for validation: leave --validation-fraction out")
     return replace(
         data,
         class_names=folder.reading.names,
@@ -112,25 +114,37 @@ _print_once = functools.cache(print)
 
 def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
     data_dir = Path(data.data_dir or ".")
-    names, table = classes.read(data_dir / "classes.json", data.class_names)
-    splits, problems, left_out = split(data_dir, data.test_fraction, seed)
+    layout = layouts.find(data_dir)
+    names, table = classes.read(layout.classes, data.class_names)
+    splits, problems, left_out = split(layout, data.test_fraction, seed)
     seen, brightest, unusable = _inspect(tuple(pair for pairs in splits.values() for pair in pairs), table)
     reading = masks.judge(seen, names, table, data.mask_255)
     problems |= unusable | reading.problems
     if to_train:
-        occurring = [name for i, name in enumerate(reading.names) if i in reading.pixels]
-        no_test = data.test_fraction == 0 or splits["validation"]
-        needed = ["train"] if no_test and not (data_dir / LISTS["test"]).exists() else ["train", "test"]
-        problems["splits without pictures"] = [split for split in needed if not splits[split]]
-        alone = bool(reading.pixels) and len(occurring) < 2 and not any(reading.problems.values())
-        problems["one class alone in all of its masks"] = (occurring or ["what is ignored"]) * alone
+        listed = (layout.lists / LISTS["test"]).exists()
+        needed = {"train"} if not listed and (data.test_fraction == 0 or splits["validation"]) else {"train", "test"}
+        problems |= _too_little(needed, splits, reading, listed)
     if wrong := [f"{kind}: {len(cases)} ({some(sorted(cases))})" for kind, cases in problems.items() if cases]:
         text = "; ".join([*wrong, *left_out, *[reading.advice] * bool(reading.advice)])
         raise InputError(f"{data_dir} has {text}".replace(f"{data_dir}/", ""))
     white = data.white or (pictures.white_of(brightest) if brightest else pictures.WHITE)
-    for line in (*left_out, *_notes(seen, reading, brightest, white)):
+    counts = " + ".join(f"{len(splits[part])} {part}" for part in LISTS if splits[part] or part != "validation")
+    read_as = f"read as {layout.name}: {len(reading.names)} classes, {counts} pictures"
+    for line in (read_as, *left_out, *_notes(seen, reading, brightest, white)):
         _print_once(f"{data_dir}: {line}")
     return Folder(splits, table, reading, white)
+
+
+def _too_little(needed: set[str], splits: Splits, reading: Reading, listed: bool) -> Problems:
+    """What a folder lacks to be trained on; listed: it has a list of its test split."""
+    empty = [split for split in sorted(needed) if not splits[split]]
+    hint = " (--test-fraction 0 trains without a test)" if empty == ["test"] and not listed else ""
+    occurring = [name for i, name in enumerate(reading.names) if i in reading.pixels]
+    alone = bool(reading.pixels) and len(occurring) < 2 and not any(reading.problems.values())
+    return {
+        f"splits without pictures{hint}": empty,
+        "one class alone in all of its masks": (occurring or ["what is ignored"]) * alone,
+    }
 
 
 def _notes(seen: Mapping[str, Seen], reading: Reading, brightest: int, white: int) -> list[str]:

@@ -1,15 +1,15 @@
 """A folder's files as pairs of a picture and its mask, and the pairs as splits."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from unet_jax.data.classes import repeated, some
+from unet_jax.data.layouts import SPLITS, Layout
 from unet_jax.errors import InputError
 
 LISTS = {"train": "train.txt", "validation": "val.txt", "test": "test.txt"}
-FOLDERS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 Problems = dict[str, list[Any]]  # what is wrong, and where
 
@@ -33,14 +33,17 @@ class Pair(NamedTuple):
 Splits = dict[str, list[Pair]]  # train, validation, test
 
 
-def split(data_dir: Path, test_fraction: float, seed: int) -> tuple[Splits, Problems, list[str]]:
+def split(layout: Layout, test_fraction: float, seed: int) -> tuple[Splits, Problems, list[str]]:
     """The pairs of each split, in the order of its list or else in one drawn by the seed.
 
     Besides what is wrong there, and lines about what is left out.
     """
-    images, masks_, problems, left_out = _pairs(data_dir)
-    lists = _lists(data_dir, images, images.keys() | masks_.keys())
+    images, masks_, problems, left_out = _pairs(layout)
+    lists = _lists(layout.lists, images, images.keys() | masks_.keys())
     unlisted = (images.keys() | masks_.keys()) - {stem for stems in lists.values() for stem in stems}
+    if layout.sparse and (bare := unlisted - masks_.keys()):
+        unlisted -= bare
+        left_out.append(f"pictures without a mask are left out: {len(bare)} ({some(sorted(bare))})")
     # By a hash and not by a shuffle: pictures that are added later leave the others on their side, all but a few.
     others = sorted(
         unlisted, key=lambda stem: hashlib.sha256(f"{seed} {stem}".encode(errors="surrogateescape")).digest()
@@ -52,9 +55,10 @@ def split(data_dir: Path, test_fraction: float, seed: int) -> tuple[Splits, Prob
         left_out.append(f"pictures in none of its lists are left out: {len(others)} ({some(sorted(others))})")
     listed = {part: lists.get(part, [] if part == "validation" else others) for part in LISTS}
     stems = [stem for some_stems in listed.values() for stem in some_stems]
+    in_images, in_masks = _names(layout)
     problems |= {
-        "no picture in images/ for": [stem for stem in stems if stem not in images],
-        "no mask in masks/ for": [stem for stem in stems if stem not in masks_],
+        f"no picture in {in_images} for": [stem for stem in stems if stem not in images],
+        f"no mask in {in_masks} for": [stem for stem in stems if stem not in masks_],
         "stems listed twice": repeated(stems),
     }
     pairs = {
@@ -64,30 +68,34 @@ def split(data_dir: Path, test_fraction: float, seed: int) -> tuple[Splits, Prob
     return pairs, problems, left_out
 
 
-def _pairs(data_dir: Path) -> tuple[dict[str, File], dict[str, File], Problems, list[str]]:
+def _pairs(layout: Layout) -> tuple[dict[str, File], dict[str, File], Problems, list[str]]:
     """Pictures and masks by the pictures' stems, what is wrong with their names, and lines about what is left out."""
-    parts = [data_dir / "images", data_dir / "masks"]
-    if missing := [f"{part.name}/" for part in parts if not part.is_dir()]:
-        there = some(sorted(path.name for path in data_dir.iterdir())) if data_dir.is_dir() else ""
-        what = f"{' and '.join(missing)} is missing, it holds {there or 'nothing'}"
-        what = what if data_dir.is_dir() else "there is no such folder"
-        raise InputError(f"the folder {data_dir} is to hold images/ and masks/: {what}")
-    try:
-        folders_of_both = [name for name in FOLDERS if all((part / name).is_dir() for part in parts)]
-        (images, more), (masks_, more_masks) = (_files(part, folders_of_both) for part in parts)
-    except OSError as error:
-        raise InputError(f"the folder {data_dir} cannot be read: {error.filename}: {error.strerror}") from None
-    folders = [f"{path.parent.name}/{path.name}/" for path in more + more_masks]
-    left_out = [f"folders in images/ and masks/ are left out: {len(folders)} ({some(folders)})"] if folders else []
-    by_stem = dict(images)
+    in_images, in_masks = _names(layout)
+    images, more = _files({place.prefix: place.images for place in layout.places})
+    masks_, more_masks = _files({place.prefix: place.masks for place in layout.places})
+    others = dict.fromkeys([*more, *more_masks, *layout.unpaired])
+    folders = [f"{path.parent.absolute().name}/{path.name}/" for path in others]
+    where = " and ".join(dict.fromkeys((in_images, in_masks)))
+    left_out = [f"folders in {where} are left out: {len(folders)} ({some(folders)})"] if folders else []
     beside = {stem.removesuffix("_mask") for stem, _ in masks_ if stem.endswith("_mask")}
     drawn = {stem for stem, _ in masks_ if stem.endswith("_overlay") and stem.removesuffix("_overlay") in beside}
     if drawn:  # by our own predictions
-        left_out.append(f"overlays in masks/ are left out: {len(drawn)} ({some(sorted(drawn))})")
+        left_out.append(f"overlays in {in_masks} are left out: {len(drawn)} ({some(sorted(drawn))})")
+    if in_images == in_masks:  # side by side with the lists, too
+        masks_ = [(stem, file) for stem, file in masks_ if stem.endswith("_mask")]
+        pictures = [(stem, file) for stem, file in images if file.path.suffix not in (".txt", ".json")]
+        images = [(stem, file) for stem, file in pictures if stem not in drawn and not stem.endswith("_mask")]
+    by_stem = dict(images)
     named = [(_picture_of(stem, by_stem), file) for stem, file in masks_ if stem not in drawn]
-    twice = [f"images/{stem}" for stem in repeated(stem for stem, _ in images)]
-    twice += [f"masks/{stem}" for stem in repeated(stem for stem, _ in named)]
+    twice = [f"{in_images}{stem}" for stem in repeated(stem for stem, _ in images)]
+    twice += [f"{in_masks}{stem}" for stem in repeated(stem for stem, _ in named)]
     return by_stem, dict(named), {"several files for": twice}, left_out
+
+
+def _names(layout: Layout) -> tuple[str, str]:
+    """The folders of pictures and of masks, as the user is told of them."""
+    _, images, masks = layout.places[0]
+    return f"{images.absolute().name}/", f"{masks.absolute().name}/"
 
 
 def _picture_of(stem: str, images: Mapping[str, File]) -> str:
@@ -95,26 +103,28 @@ def _picture_of(stem: str, images: Mapping[str, File]) -> str:
     return shorter if stem not in images and shorter in images else stem
 
 
-def _files(folder: Path, splits: Sequence[str]) -> tuple[list[tuple[str, File]], list[Path]]:
-    """Files by stem, those in the folders of splits by FOLDER/STEM; and the other folders."""
-    inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    parts = [folder / name for name in splits]
-    inside += [path for part in parts for path in sorted(part.iterdir()) if not path.name.startswith(".")]
+def _files(folders: Mapping[str, Path]) -> tuple[list[tuple[str, File]], list[Path]]:
+    """Files by stem, and the other folders, in these folders by their prefixes."""
+    try:
+        paths = [(prefix, path) for prefix, folder in folders.items() for path in sorted(folder.iterdir())]
+    except OSError as error:
+        raise InputError(f"the folder {error.filename} cannot be read: {error.strerror}") from None
+    inside = [(prefix, path) for prefix, path in paths if not path.name.startswith(".")]
     files = [
-        (path.relative_to(folder).with_suffix("").as_posix(), File(path, path.stat().st_size, path.stat().st_mtime_ns))
-        for path in inside
+        (prefix + path.stem, File(path, path.stat().st_size, path.stat().st_mtime_ns))
+        for prefix, path in inside
         if path.is_file()
     ]
-    return files, [path for path in inside if path.is_dir() and path not in parts]
+    return files, [path for _, path in inside if path.is_dir() and path not in folders.values()]
 
 
-def _lists(data_dir: Path, images: Mapping[str, File], stems: Iterable[str]) -> dict[str, list[str]]:
+def _lists(folder: Path, images: Mapping[str, File], stems: Iterable[str]) -> dict[str, list[str]]:
     """The stems of each split that has a list, or else a folder."""
-    lists = {part: _lines(data_dir / name, images) for part, name in LISTS.items() if (data_dir / name).exists()}
+    lists = {part: _lines(folder / name, images) for part, name in LISTS.items() if (folder / name).exists()}
     folders: dict[str, list[str]] = {}
     for stem in sorted(stems):
         if "/" in stem:
-            folders.setdefault(FOLDERS[stem.partition("/")[0]], []).append(stem)
+            folders.setdefault(SPLITS[stem.partition("/")[0]], []).append(stem)
     return folders | lists
 
 
