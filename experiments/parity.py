@@ -66,12 +66,24 @@ def nchw(x: np.ndarray) -> Tensor:
     return torch.tensor(x).permute(0, 3, 1, 2)
 
 
-def train_pytorch(network: torch.nn.Module, model: UNet, images: Tensor, labels: Tensor, loss: str, steps: int) -> Run:
-    """Trains `network` in place. `model` is its JAX counterpart."""
+def pictures(image_size: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Smooth random images [N, C, H, W] and random labels [N, H, W]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch_size, 3, 8, 8, generator=generator)
+    images = F.interpolate(coarse, size=(image_size, image_size), mode="bicubic")
+    return images, torch.randint(3, (batch_size, image_size, image_size), generator=generator)
+
+
+def train_pytorch(
+    network: torch.nn.Module, model: UNet, images: Tensor, labels: Tensor, loss: str, steps: int, half: bool = False
+) -> Run:
+    """Trains `network` in place, if `half` by autocast to bfloat16. `model` is its JAX counterpart."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     losses, first = [], None
     for _ in range(steps):
-        logits = network(images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = network(images)
+        logits = logits.float() if half else logits
         value = getattr(pytorch_reference, loss)(logits, labels)
         optimizer.zero_grad()
         value.backward()
@@ -217,10 +229,7 @@ def compare(variant: Variant, widths: tuple[int, ...], images: Tensor, labels: T
 def main(image_size: int = 64, batch_size: int = 4, seed: int = 0) -> None:
     """Prints the table of differences between the PyTorch and the JAX network."""
     jax.config.update("jax_platforms", "cpu")  # a GPU's TF32 would hide what is compared
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(batch_size, 3, 8, 8, generator=generator)
-    images = F.interpolate(coarse, size=(image_size, image_size), mode="bicubic")
-    labels = torch.randint(3, (batch_size, image_size, image_size), generator=generator)
+    images, labels = pictures(image_size, batch_size, seed)
     missed = []
     for widths in (WIDTHS, tuple(width // 4 for width in WIDTHS)):
         bounds = {
