@@ -14,17 +14,17 @@ import jax
 from unet_jax import checkpoint, device, processes, runs
 from unet_jax.checkpoint import Restored
 from unet_jax.checks import check_config, check_patience
-from unet_jax.config import RunConfig, differences, to_dict
+from unet_jax.config import RunConfig, to_dict
 from unet_jax.data.batches import Loader, Parts, validation_rows
 from unet_jax.data.cache import Split
 from unet_jax.data.datasets import complete, load_splits, resolve
 from unet_jax.device import Placement
 from unet_jax.errors import InputError, names_for_flags
 from unet_jax.folders import default_cache_dir
-from unet_jax.loop import NonFiniteLossError, StepResult, fit, out_of_patience
+from unet_jax.loop import NonFiniteLossError, StepResult, fit
 from unet_jax.progress import Clock, Display
 from unet_jax.results import draw_results, write_results
-from unet_jax.start import resume, settle_precision, start_from
+from unet_jax.start import resume, settle_precision, start_from, what_is_done
 from unet_jax.trackers import Tracker
 from unet_jax.train import Steps, TrainState, make_steps
 
@@ -98,7 +98,7 @@ def train_run(
     """`run` of a config whose dataset is resolved and complete, on these devices."""
     check_patience(config)
     config = settle_precision(config, folder, placement, overwrite)
-    if done := _what_is_done(folder, config, overwrite):
+    if done := what_is_done(folder, config, overwrite):
         print(f"{folder} {done}, or --overwrite to start anew")
         return
     splits = load_splits(config, cache_dir)
@@ -139,25 +139,6 @@ def divide(config: RunConfig, splits: Mapping[str, Split], placement: Placement)
         Loader(split, batch_size, placement, validation) if len(validation) else None,
         Loader(splits["test"], batch_size, placement) if "test" in splits else None,
     )
-
-
-def _what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
-    """What a run has that has no more to do, else ""; after refusing a folder that holds something else."""
-    if overwrite or not folder.exists():
-        return ""
-    if not (folder / "config.json").exists():
-        if any(p.name != ".lock" for p in folder.iterdir()):
-            raise InputError(f"{folder} holds other files than a run's: choose another --workdir")
-        return ""
-    if different := differences(runs.read_config(folder), config):
-        raise InputError(
-            f"{folder} holds a run with another config ({'; '.join(different)}):"
-            " choose another --workdir, or --overwrite to start anew"
-        )
-    records, patience = runs.finished_records(folder), config.train.patience
-    if out_of_patience(records, patience):
-        return f"stopped after {len(records)} epochs by --patience {patience}: give more of it"
-    return f"has its {len(records)} epochs already: give more --epochs" if len(records) >= config.train.epochs else ""
 
 
 def train_epochs(

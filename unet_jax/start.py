@@ -1,4 +1,4 @@
-"""What a run starts from: initial weights, another run's, or the checkpoint that it was left at."""
+"""What a run starts from: initial weights, another run's, or the checkpoint that it was left at, unless it is done."""
 
 import dataclasses
 import sys
@@ -9,9 +9,29 @@ import jax
 
 from unet_jax import device, runs, train
 from unet_jax.checkpoint import Progress, Restored
-from unet_jax.config import RunConfig
+from unet_jax.config import RunConfig, differences
 from unet_jax.device import Placement
 from unet_jax.errors import InputError
+from unet_jax.loop import out_of_patience
+
+
+def what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
+    """What a run has that has no more to do, else ""; after refusing a folder that holds something else."""
+    if overwrite or not folder.exists():
+        return ""
+    if not (folder / "config.json").exists():
+        if any(p.name != ".lock" for p in folder.iterdir()):
+            raise InputError(f"{folder} holds other files than a run's: choose another --workdir")
+        return ""
+    if different := differences(runs.read_config(folder), config):
+        raise InputError(
+            f"{folder} holds a run with another config ({'; '.join(different)}):"
+            " choose another --workdir, or --overwrite to start anew"
+        )
+    records, patience = runs.finished_records(folder), config.train.patience
+    if out_of_patience(records, patience):
+        return f"stopped after {len(records)} epochs by --patience {patience}: give more of it"
+    return f"has its {len(records)} epochs already: give more --epochs" if len(records) >= config.train.epochs else ""
 
 
 def settle_precision(config: RunConfig, folder: Path, placement: Placement, overwrite: bool) -> RunConfig:
