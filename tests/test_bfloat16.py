@@ -46,8 +46,8 @@ def assert_same(ours, exact, kernel_shape, out, *xs):
         assert_close(ours_g, exact_g, rounds=ours_g.dtype == HALF)
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 6), (3, 5, 7), (2, 1, 1), (1, 15, 2), (6, 13, 30), (2, 64, 64)])
-@pytest.mark.parametrize(("features", "out"), [(3, 32), (48, 16), (96, 65), (32, 3)])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 1, 1), (6, 13, 30)])
+@pytest.mark.parametrize(("features", "out"), [(3, 32), (96, 65), (48, 3)])
 @pytest.mark.parametrize(("side", "strides"), [(3, 1), (1, 1), (3, 2)])
 def test_conv_is_that_of_float32(shape, features, out, side, strides):
     def ours(kernel, bias, x):
@@ -61,13 +61,13 @@ def test_conv_is_that_of_float32(shape, features, out, side, strides):
     assert_same(ours, exact, (side, side, features, out), out, normal(*shape, features))
 
 
-@pytest.mark.parametrize(("shape", "features", "out"), [((8, 8, 8), 256, 512), ((8, 16, 16), 512, 256)])
+@pytest.mark.parametrize(("shape", "features", "out"), [((2, 64, 64), 64, 32), ((8, 8, 8), 256, 512)])
 def test_conv_whose_sums_a_cache_does_not_hold_is_that_of_float32(shape, features, out):
     test_conv_is_that_of_float32(shape, features, out, 3, 1)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 6), (3, 1, 1), (2, 9, 7), (2, 32, 32)])
-@pytest.mark.parametrize(("features", "out"), [(16, 48), (64, 32), (33, 17)])
+@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 9, 7), (2, 32, 32)])
+@pytest.mark.parametrize(("features", "out"), [(64, 32), (33, 17)])
 def test_transposed_conv_of_a_scaled_one_is_that_of_float32(shape, features, out):
     def ours(kernel, bias, *second):
         layer = cpu_layers.TransposedConv(out, dtype=HALF)

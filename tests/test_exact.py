@@ -56,8 +56,13 @@ def values(dtype, *shape, seed=0):
 
 
 # Pictures of a run's batch, so many that all threads have work at every level.
-@pytest.mark.parametrize(("size", "count"), [(32, 16), (64, 8), (128, 2), (240, 1)])
-@pytest.mark.parametrize("dtype", ["float32", HALF])
+@pytest.mark.parametrize(
+    ("size", "count", "dtype"),
+    [
+        *[(*shape, "float32") for shape in [(32, 16), (64, 8), (128, 2), (240, 1)]],
+        *[pytest.param(*shape, "bfloat16", marks=NEEDS_BFLOAT16) for shape in [(64, 8), (240, 1)]],
+    ],
+)
 def test_each_function_repeats_at_every_level_of_a_full_width_run(size, count, dtype):
     run = jax.jit(output_and_gradients, static_argnums=0)
     for level, width in enumerate(WIDTHS):

@@ -1,4 +1,7 @@
-"""Kills, SIGTERM, Ctrl-C and a disk that takes no more, each survived to the bit (check_faults.py has many more)."""
+"""A kill, Ctrl-C and a disk that takes no more, each survived to the bit.
+
+test_exact.py has a kill and SIGTERM at the published widths; check_faults.py has many more.
+"""
 
 import check_faults
 import jax
@@ -12,11 +15,11 @@ from unet_jax.train import TrainState
 
 def test_killed_stopped_and_refused_runs_end_as_the_undisturbed_one():
     options = check_faults.Options(
-        kills=3, terms=1, interrupts=1, epochs=12, widths=(4, 4), image_size=16, others=("file size limit",)
+        kills=1, terms=0, interrupts=1, epochs=8, widths=(4, 4), image_size=16, others=("file size limit",)
     )
     tried, survived = check_faults.try_faults(options)
     assert tried == survived
-    assert (tried["kill -9"], tried["SIGTERM"], tried["file size limit: one line, status 2"]) == (3, 1, 1)
+    assert (tried["kill -9"], tried["file size limit: one line, status 2"]) == (1, 1)
     assert tried["Ctrl-C"] == tried["Ctrl-C: status 130"] == 1
 
 

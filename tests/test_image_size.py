@@ -45,7 +45,7 @@ def test_evaluation_and_report(home):
 def test_predictions_and_export(home):
     predictor = load(home / "run")
     picture = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
-    assert predictor.shrink(picture).shape == (*SIZE, 3)
+    assert predictor.at_training_size(picture).shape == (*SIZE, 3)
     for mode in ("resize", "tile", "native"):
         assert predictor(picture, mode).shape == (60, 90)
     execute(home, "predict", "run", "data/images/a.png", "--out", "out")

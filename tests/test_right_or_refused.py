@@ -180,6 +180,7 @@ def test_fine_tuning_another_network_is_refused_by_what_differs(tmp_path):
 def test_fewer_epochs_than_are_done_are_told_as_they_are(tmp_path, capsys):
     run = save_run(tmp_path / "run", tiny_config())
     runs.write_json(run / "summary.json", {"epochs": 2})
+    runs.write_records(run, [{"epoch": 1}, {"epoch": 2}])
     config = tiny_config()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1))
     train_command.train_run(train_command.Options(config, str(run)), device.placement())
