@@ -57,10 +57,22 @@ class Ended:
     output: str
 
 
+def own_cache(home: Path) -> str:
+    """A cache folder in home, into which the C++ need not be compiled again."""
+    from unet_jax.folders import default_cache_dir
+
+    compiled, ours = default_cache_dir() / "cpu", home / "cache" / "unet_jax"
+    for folder in (compiled, ours):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (ours / "cpu").symlink_to(compiled)
+    return str(home / "cache")
+
+
 def start(home: Path, folder: Path, *flags: object, limit: int | None = None, devices: int = 1) -> subprocess.Popen:
     """Starts the command of a run on simulated devices; it can write at most `limit` bytes a file."""
     script = [sys.executable, str(ROOT / "experiments" / "run.py"), *FLAGS]
-    env = dict(os.environ, PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(home / "cache"), TQDM_DISABLE="1")
+    env = dict(os.environ, PYTHONPATH=str(ROOT), XDG_CACHE_HOME=own_cache(home), TQDM_DISABLE="1")
     script += ["--workdir", str(folder), *map(str, flags)]
     # Unbuffered: what it prints tells when to kill it.
     env["PYTHONUNBUFFERED"] = "1"

@@ -10,6 +10,7 @@ from pathlib import Path
 import chex
 import numpy as np
 import pytest
+from check_faults import own_cache
 from PIL import Image
 
 import unet_jax
@@ -64,7 +65,7 @@ def test_a_run_from_python_trains_goes_on_and_predicts(run, capsys):
 
 def test_the_lines_of_the_docstring_run(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", own_cache(tmp_path))
     monkeypatch.setattr(unet_jax.config, "default_config", lambda variant, dataset: small(1))
     Image.new("L", (30, 20)).save("photo.jpg")
     lines = [line for line in unet_jax.__doc__.splitlines() if not line or line.startswith("    ")]

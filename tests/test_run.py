@@ -13,6 +13,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from check_faults import own_cache
 from PIL import Image
 from test_from_pytorch import make_state_dict, save_safetensors
 
@@ -31,7 +32,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def command(home: Path, script: str, *flags: object) -> tuple[list[str], dict[str, str]]:
-    env = dict(os.environ, HOME=str(home), XDG_CACHE_HOME=str(home / "cache"), TQDM_DISABLE="1")
+    env = dict(os.environ, HOME=str(home), XDG_CACHE_HOME=own_cache(home), TQDM_DISABLE="1")
     env.pop("TFDS_DATA_DIR", None)
     # Nothing listens there: the download is refused at once instead of being tried.
     env.update(dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"))
