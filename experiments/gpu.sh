@@ -18,7 +18,7 @@ run() { # folder, then flags of run.py
     try experiments/run.py --workdir "$@"
 }
 for variant in $variants; do run "$out/seed0/$variant" --variant "$variant" --seed 0 "$@"; done
-[ -e "$out/benchmark/benchmark.md" ] || try experiments/benchmark.py --linen ${BENCHMARK:-} --out "$out/benchmark"
+[ -e "$out/benchmark/benchmark.md" ] || try experiments/benchmark.py ${BENCHMARK:-} --out "$out/benchmark"
 [ -s "$out/profile.md" ] || try experiments/profile_step.py ${PROFILE:---image-size 240 --batch-size 64} --out "$out/trace" >"$out/profile.md"
 run "$out/best" --variant best --validation-fraction 0.1 "$@"
 for seed in $seeds; do

@@ -135,8 +135,7 @@ def test_vmap_is_one_by_one():
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("downsampling", ["max_pool", "strided_conv"])
-@pytest.mark.parametrize("upsampling", ["transposed_conv", "resize"])
+@pytest.mark.parametrize(("downsampling", "upsampling"), [("max_pool", "transposed_conv"), ("strided_conv", "resize")])
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_network_is_that_of_the_plain_layers(downsampling, upsampling, remat):
     model = UNet(downsampling, upsampling, widths=(16, 32, 48), dropout_rate=0, remat=remat)

@@ -59,7 +59,7 @@ def values(dtype, *shape, seed=0):
 @pytest.mark.parametrize(
     ("size", "count", "dtype"),
     [
-        *[(*shape, "float32") for shape in [(32, 16), (64, 8), (128, 2), (240, 1)]],
+        *[(*shape, "float32") for shape in [(32, 16), (64, 8), (240, 1)]],
         *[pytest.param(*shape, "bfloat16", marks=NEEDS_BFLOAT16) for shape in [(64, 8), (240, 1)]],
     ],
 )
@@ -86,8 +86,9 @@ def test_each_function_repeats_at_every_level_of_a_full_width_run(size, count, d
             g = values(
                 dtype, *jax.eval_shape(lambda x, p, layer=layer: layer.apply({"params": p}, x), x, params).shape, seed=2
             )
-            assert "@unet_jax_" in run.lower(layer, x, params, g).as_text(), name
-            assert_repeats(run, layer, x, params, g)
+            lowered = run.lower(layer, x, params, g)
+            assert "@unet_jax_" in lowered.as_text(), name
+            assert_repeats(lowered.compile(), x, params, g)
 
 
 # Two variants that have every kind of layer between them.
@@ -101,12 +102,13 @@ def test_a_full_width_step_repeats(variant, precision):
     images, labels = rng.integers(0, 256, (16, 32, 32, 3), np.uint8), rng.integers(0, 3, (16, 32, 32), np.uint8)
     batch = Batch(images, labels, np.ones(16, np.float32))
     steps = train.make_steps(config, place, steps_per_epoch=1)
-    assert "@unet_jax_" in steps.train.lower(state, batch).as_text()
-    assert_repeats(steps.train, state, batch, repeats=9)
+    step = steps.train.lower(state, batch)
+    assert "@unet_jax_" in step.as_text()
+    assert_repeats(step.compile(), state, batch, repeats=9)
 
 
 def test_a_full_width_run_killed_and_resumed_is_the_undisturbed_one():
-    options = check_faults.Options(kills=1, terms=1, interrupts=0, epochs=3, widths=WIDTHS, others=("none",))
+    options = check_faults.Options(kills=1, terms=1, interrupts=0, epochs=2, widths=WIDTHS, others=("none",))
     tried, survived = check_faults.try_faults(options)
     assert tried == survived
     assert (tried["kill -9"], tried["SIGTERM"]) == (1, 1)

@@ -3,10 +3,8 @@
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import chex
@@ -125,33 +123,6 @@ def test_every_command_by_its_name(home):
     weights = make_state_dict("strided_conv", widths=(4, 6))
     save_safetensors(home / "x.safetensors", {n: ("F32", a.astype(np.float32)) for n, a in weights.items()})
     assert "theirs: strconv_tr_ce with the weights of" in execute(home, "import-torch", "x.safetensors", *flags)
-
-
-def test_a_killed_run_goes_on_exactly(home):
-    flags = [*SMALL[:-1], "6"]
-    execute(home, "run.py", *flags, "--workdir", "undisturbed")
-    for kill in range(2):
-        args, env = command(home, "run.py", *flags, "--workdir", "killed")
-        process = subprocess.Popen(args, env=env, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            lines = home / "killed" / "metrics.jsonl"
-            if lines.exists() and len(lines.read_text().splitlines()) > 2 * kill:
-                break
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    # What a kill in the middle of a write leaves behind: a torn line, and a checkpoint without its final name.
-    with (home / "killed" / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 9, "train_lo')
-    (home / "killed" / "checkpoints" / "99.orbax-checkpoint-tmp-1").mkdir()
-    execute(home, "run.py", *flags, "--workdir", "killed")
-    chex.assert_trees_all_equal(state_of(home / "killed"), state_of(home / "undisturbed"))
-    timing = {"seconds", "evaluation_seconds", "images_per_second"}
-    ours, theirs = (
-        [{k: v for k, v in r.items() if k not in timing} for r in records(home / n)] for n in ("killed", "undisturbed")
-    )
-    assert ours == theirs
 
 
 def test_damaged_newest_checkpoint_is_skipped(home, finished):
