@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_predict import make_run, picture
+from test_predict import SIZE, make_run, picture
 
 from unet_jax import device
 from unet_jax.errors import InputError
@@ -18,7 +18,7 @@ pytest.importorskip("flatbuffers")
 
 def call(folder):
     """What model.json tells to do."""
-    model = jax.export.deserialize(bytearray((folder / export.ARTIFACT).read_bytes()))
+    model = jax.export.deserialize(bytearray((folder / "model.jaxexport").read_bytes()))
     return jax.jit(model.call, compiler_options=device.compiler_options("cpu"))
 
 
@@ -51,7 +51,7 @@ def test_answers_of_strided_networks_are_the_checkpoints(tmp_path, upsampling):
 
 
 def test_the_description(folders):
-    artifact = (folders[1] / export.ARTIFACT).read_bytes()
+    artifact = (folders[1] / "model.jaxexport").read_bytes()
     description = json.loads((folders[1] / "model.json").read_text())
     assert description["artifact"]["sha256"] == hashlib.sha256(artifact).hexdigest()
     assert description["input"]["shape"] == ["n", "4*h", "4*w", 3]
@@ -74,6 +74,38 @@ def test_jax_alone_can_call_it(folders, tmp_path):
     ]
     subprocess.run([sys.executable, "-c", "\n".join(script)], cwd=out, check=True, timeout=60)
     np.testing.assert_array_equal(np.load(tmp_path / "labels.npy"), load(run).network(images).argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("downsampling", "upsampling", "widths"),
+    [
+        ("max_pool", "transposed_conv", (4, 8, 8)),
+        ("strided_conv", "resize", (4, 8, 8)),
+        ("max_pool", "transposed_conv", (32, 64, 128, 256, 512)),
+    ],
+)
+def test_onnx_runtime_gives_the_answers_of_the_checkpoint(tmp_path, monkeypatch, downsampling, upsampling, widths):
+    pytest.importorskip("jax2onnx")
+    run, out = make_run(tmp_path / "run", downsampling, upsampling, widths), tmp_path / "out"
+    description = export.export_run(run, out, "onnx")
+    assert description["input"]["shape"] == ["n", SIZE, SIZE, 3]
+    assert description["artifact"]["sha256"] == hashlib.sha256((out / "model.onnx").read_bytes()).hexdigest()
+    monkeypatch.chdir(out)
+    for count in (1, 3):
+        images = np.stack([picture(SIZE, SIZE, seed) for seed in range(count)])
+        expected = load(run).network(images)
+        assert np.ptp(expected) > 0.3
+        names = {"images": images}
+        exec("\n".join(description["usage"]), names)
+        np.testing.assert_array_equal(names["labels"], expected.argmax(-1))
+        np.testing.assert_allclose(names["session"].run(None, {"images": images})[0], expected, atol=1e-4)
+
+
+def test_what_a_format_needs_is_told(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"this export needs jax2onnx: pip install 'unet-jax\[onnx\]'"):
+        export.export_run(folders[0], tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input(folders, tmp_path):

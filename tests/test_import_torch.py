@@ -70,7 +70,7 @@ def test_evaluate_takes_it(imported, tmp_path, capsys):
 def test_export_takes_it(imported, tmp_path):
     pytest.importorskip("flatbuffers")
     assert export.export_run(imported, tmp_path / "out")["step"] == 0
-    model = jax.export.deserialize(bytearray((tmp_path / "out" / export.ARTIFACT).read_bytes()))
+    model = jax.export.deserialize(bytearray((tmp_path / "out" / "model.jaxexport").read_bytes()))
     images = picture(2 * SIZE, SIZE)[None]
     answer = jax.jit(model.call, compiler_options=device.compiler_options("cpu"))(images)
     np.testing.assert_allclose(answer, predict.load(imported).network(images), atol=1e-5)

@@ -23,10 +23,10 @@ SCRIPT = Path(__file__).parent.parent / "experiments" / "predict.py"
 SIZE = 32
 
 
-def make_run(folder, downsampling="max_pool", upsampling="transposed_conv"):
+def make_run(folder, downsampling="max_pool", upsampling="transposed_conv", widths=(4, 8, 8)):
     """A run folder that nobody trained; its kernels are large, so that every input matters to the answer."""
     config = default_config("mp_tr_dice", "synthetic")
-    model = ModelConfig(downsampling, upsampling, widths=(4, 8, 8))
+    model = ModelConfig(downsampling, upsampling, widths=widths)
     config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, image_size=SIZE))
     rng = np.random.default_rng(0)
 

@@ -1,67 +1,126 @@
-"""A run as one file that needs no unet_jax: its network and weights as StableHLO, by `jax.export`."""
+"""A run as one file that needs no unet_jax: its network and weights as StableHLO, by `jax.export`, or as ONNX."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import logging
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, export, lax
 
 from unet_jax import device, layers, runs
-from unet_jax.config import RunConfig, to_dict
+from unet_jax.config import RunConfig, sides, to_dict
 from unet_jax.errors import InputError
 from unet_jax.predict import probabilities_step
 from unet_jax.train import TrainState, inference_state, make_model
 
+Format = Literal["jax", "onnx"]
 PLATFORMS = ("cpu", "cuda", "tpu")
-ARTIFACT = "model.jaxexport"
-USAGE = """\
-import jax, pathlib
-model = jax.export.deserialize(bytearray(pathlib.Path("model.jaxexport").read_bytes()))
-labels = jax.jit(model.call)(images).argmax(-1)"""
+# The option of device.compiler_options belongs to the caller's jit and cannot travel in the file.
+OPTIONAL = {
+    "compiler_options": {"xla_cpu_experimental_ynn_fusion_type": ""},
+    "why": "faster, with the run's own rounding; leave it out where this XLA does not know it",
+}
 
 
-def input_shape(config: RunConfig) -> str:
-    """The shape of the artifact's pictures, in the notation of `jax.export.symbolic_shape`."""
-    multiple = 2 ** (len(config.model.widths) - 1)
-    return f"n, {multiple}*h, {multiple}*w, 3"
+class Artifact(NamedTuple):
+    """The file of a format, and what its user has to know."""
+
+    name: str
+    content: bytes
+    shape: str  # of the pictures, in the notation of `jax.export.symbolic_shape`
+    usage: str  # the lines that call it
+    facts: Mapping[str, Any]  # what else model.json says
 
 
-def export_step(config: RunConfig, state: TrainState) -> export.Exported:
-    """Class probabilities of uint8 pictures as a program for PLATFORMS, with the state inside."""
-    # Any device is to run it, at any size: the plain layers.
+def plain_step(config: RunConfig, state: TrainState, images: Array) -> Array:
+    """Class probabilities of uint8 pictures by the plain layers: any device is to run it."""
     model = make_model(config.model, len(config.data.class_names), device.placement()).clone(layers=layers)
+    return probabilities_step(state, images, model=model)
+
+
+def stablehlo(config: RunConfig, state: TrainState) -> Artifact:
+    """As a program for PLATFORMS that takes any batch and size."""
+    multiple = 2 ** (len(config.model.widths) - 1)
+    shape = f"n, {multiple}*h, {multiple}*w, 3"
 
     def step(images: Array) -> Array:
         # Behind the barrier weights are no constants to fold: rounding stays the checkpoint's, and compiling quick.
-        return probabilities_step(lax.optimization_barrier(state), images, model=model)
+        return plain_step(config, lax.optimization_barrier(state), images)
 
-    shape = export.symbolic_shape(input_shape(config))
     limit = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
     jax.config.update("jax_traceback_in_locations_limit", 0)  # no file names of this machine in the artifact
     try:
-        return export.export(jax.jit(step), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, jnp.uint8))
+        pictures = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.uint8)
+        exported = export.export(jax.jit(step), platforms=PLATFORMS)(pictures)
     finally:
         jax.config.update("jax_traceback_in_locations_limit", limit)
-
-
-def describe(config: RunConfig, step: int, artifact: bytes, version: int) -> dict[str, Any]:
-    """What model.json says: all that a user of the artifact has to know."""
-    names = list(config.data.class_names)
-    shape = [int(d) if d.isdecimal() else d for d in input_shape(config).split(", ")]
-    return {
-        "artifact": {"file": ARTIFACT, "bytes": len(artifact), "sha256": hashlib.sha256(artifact).hexdigest()},
+    usage = """\
+import jax, pathlib
+model = jax.export.deserialize(bytearray(pathlib.Path("model.jaxexport").read_bytes()))
+labels = jax.jit(model.call)(images).argmax(-1)"""
+    facts = {
         "platforms": PLATFORMS,
         "needs": ["jax", "flatbuffers"],
-        "usage": USAGE.split("\n"),
-        # The option of device.compiler_options belongs to the caller's jit and cannot travel in the artifact.
-        "optional_on_cpu": {
-            "compiler_options": {"xla_cpu_experimental_ynn_fusion_type": ""},
-            "why": "faster, with the run's own rounding; leave it out where this XLA does not know it",
-        },
+        "optional_on_cpu": OPTIONAL,
+        "calling_convention_version": exported.calling_convention_version,
+    }
+    return Artifact("model.jaxexport", bytes(exported.serialize()), shape, usage, facts)
+
+
+def onnx(config: RunConfig, state: TrainState) -> Artifact:
+    """As a graph of ONNX that takes any batch, at the training size alone."""
+    import jax2onnx
+
+    height, width = sides(config.data.image_size)
+    shape = f"n, {height}, {width}, 3"
+    pictures = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.uint8)
+    with _quiet("onnx_ir"):  # it warns of names that no value has
+        model = jax2onnx.to_onnx(
+            partial(plain_step, config, state),
+            [pictures],
+            model_name="unet_jax",
+            input_names=["images"],
+            output_names=["probabilities"],
+        )
+    usage = """\
+import onnxruntime
+session = onnxruntime.InferenceSession("model.onnx")
+labels = session.run(None, {"images": images})[0].argmax(-1)"""
+    facts = {"needs": ["onnxruntime"], "opset": model.opset_import[0].version}
+    return Artifact("model.onnx", model.SerializeToString(), shape, usage, facts)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without that library's warnings."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+FORMATS = {"jax": stablehlo, "onnx": onnx}
+MISSING = {"jax": "flatbuffers: pip install 'unet-jax[export]'", "onnx": "jax2onnx: pip install 'unet-jax[onnx]'"}
+
+
+def describe(config: RunConfig, step: int, artifact: Artifact) -> dict[str, Any]:
+    """What model.json says: all that a user of the artifact has to know."""
+    names, content = list(config.data.class_names), artifact.content
+    shape = [int(d) if d.isdecimal() else d for d in artifact.shape.split(", ")]
+    return {
+        "artifact": {"file": artifact.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
+        "usage": artifact.usage.split("\n"),
+        **artifact.facts,
         "input": {"name": "images [pictures, height, width, RGB]", "dtype": "uint8", "shape": shape},
         "output": {"name": "class probabilities", "dtype": "float32", "shape": [*shape[:3], len(names)]},
         "class_names": names,
@@ -69,32 +128,31 @@ def describe(config: RunConfig, step: int, artifact: bytes, version: int) -> dic
         "training_size": config.data.image_size,
         "config": to_dict(config),
         "step": step,
-        "calling_convention_version": version,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
     }
 
 
-def export_run(run: Path, out: Path) -> dict[str, Any]:
-    """Writes a run's checkpoint (that of `runs.load`) to `out` as ARTIFACT, and model.json; returns what that says.
+def export_run(run: Path, out: Path, format: Format = "jax") -> dict[str, Any]:
+    """Writes a run's checkpoint (that of `runs.load`) to `out` as one file, and model.json; returns what that says.
 
-    Its layers compute in float32, whatever the run's did: the artifact is for any device.
+    Its layers compute in float32, whatever the run's did: the file is for any device.
 
     Raises:
-      InputError: there is no run or no complete checkpoint, `out` cannot be written, or flatbuffers is not installed.
+      InputError: there is no run or no complete checkpoint, `out` cannot be written, or what the format needs is not
+        installed.
     """
     config, restored = runs.load(run, device.placement())
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="float32"))
-    exported = export_step(config, jax.device_get(inference_state(restored.state)))
     try:
-        artifact = bytes(exported.serialize())
+        artifact = FORMATS[format](config, jax.device_get(inference_state(restored.state)))
         out.mkdir(parents=True, exist_ok=True)
-        description = describe(config, int(restored.state.step), artifact, exported.calling_convention_version)
+        description = describe(config, int(restored.state.step), artifact)
         (out / "model.json").unlink(missing_ok=True)  # it is written last: with it the folder is complete
-        with runs.replacing(out / ARTIFACT) as file:
-            file.write(artifact)
+        with runs.replacing(out / artifact.name) as file:
+            file.write(artifact.content)
         runs.write_json(out / "model.json", description)
     except ImportError:
-        raise InputError("exporting needs flatbuffers: pip install 'unet-jax[export]'") from None
+        raise InputError(f"this export needs {MISSING[format]}") from None
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from None
     return description

@@ -1,9 +1,9 @@
-"""Makes one file of a run, which jax alone can call: `unet-jax export runs/mp_tr_dice --out model`."""
+"""Makes one file of a run, for jax alone or ONNX Runtime: `unet-jax export runs/mp_tr_dice --out model`."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,17 +18,19 @@ class Options:
     """The run's folder."""
     out: Path
     """Folder for the artifact and model.json, which says how it is used."""
+    format: Literal["jax", "onnx"] = "jax"
+    """jax: StableHLO for any batch and size, which jax calls. onnx: any batch at the training size, by ONNX Runtime."""
 
 
 def main(options: Options) -> None:
     """Writes the artifact, and prints how it is used."""
     from unet_jax.export import export_run
 
-    description = export_run(options.run, options.out)
+    description = export_run(options.run, options.out, options.format)
     artifact, shape = description["artifact"], ", ".join(map(str, description["input"]["shape"]))
     print(
-        f"{options.out / artifact['file']}: {artifact['bytes'] / 1e6:.1f} MB, uint8 [{shape}] to probabilities,"
-        f" for {', '.join(description['platforms'])}; needs {' and '.join(description['needs'])}.\n"
+        f"{options.out / artifact['file']}: {artifact['bytes'] / 1e6:.1f} MB, uint8 [{shape}] to probabilities; needs"
+        f" {' and '.join(description['needs'])}.\n"
     )
     print("\n".join(description["usage"]))
 
