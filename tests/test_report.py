@@ -68,6 +68,14 @@ def test_a_run_with_validation_counts_by_its_summary(tmp_path):
     row = (tmp_path / "report.md").read_text().splitlines()[2]
     assert "| 0.2500 | - | 0.5000 |" in row  # no best test loss: it was looked at once
 
+    (folder / "summary.json").write_text("{}")  # there was no test
+    config = json.loads((folder / "config.json").read_text())
+    config["data"]["dataset"] = "folder"
+    (folder / "config.json").write_text(json.dumps(config))
+    report.write_comparison([folder], name="report")
+    row = (tmp_path / "report.md").read_text().splitlines()[2]
+    assert "| - | 0.5000 (validation) | - | 0.5000 (validation) |" in row  # and nothing published of these pictures
+
 
 def test_a_run_without_a_finished_epoch_is_refused_as_such(tmp_path):
     folder = make_run(tmp_path / "run", 0, [])

@@ -187,12 +187,13 @@ def comparison_figure(
     for place, (name, curves) in enumerate(runs.items(), 1):
         axes: Any = figure.add_subplot(rows, columns, place)
         points = published.get(name, {})
-        axes.plot(list(points), list(points.values()), "kx", ms=5, label="test, published")
+        if points:
+            axes.plot(list(points), list(points.values()), "kx", ms=5, label="test, published")
         for i, (label, records) in enumerate(curves.items()):
             of = f", {label}" if len(curves) > 1 else ""
             part, _ = held_out(records[-1])
             epochs = [r["epoch"] for r in records]
-            losses, others = [r["train_loss"] for r in records], [r[f"{part}_loss"] for r in records]
+            losses, others = [r["train_loss"] for r in records], [r.get(f"{part}_loss", np.nan) for r in records]
             axes.plot(epochs, losses, "--", color=f"C{i}", lw=1, label=_plain(f"train{of}"))
             axes.plot(epochs, others, "o-", color=f"C{i}", ms=3, label=_plain(f"{part}{of}"))
         axes.set(title=_plain(name), xlabel="epoch", ylim=(0, None))

@@ -33,7 +33,8 @@ class Options:
     cache_dir: str | None = None
     """Folder of the decoded pictures. Default: ~/.cache/unet_jax."""
     split: Literal["test", "train", "validation", "all"] | None = None
-    """Which part of the dataset; validation is what the run kept of train. Default: test, or all of another folder."""
+    """Which part of the dataset; validation is what the run kept of train. Default: test; that where there is no
+    test; or all of another folder."""
     examples: int | None = None
     """The first N pictures. Default: as many as the run took."""
     out: Path | None = None
@@ -67,7 +68,8 @@ def pick(options: Options, config: "RunConfig") -> "tuple[str, str, Split]":
     data = dataclasses.replace(config.data, dataset=dataset, data_dir=data_dir)
     found = sources(data, config.train.seed)
     own = dataset != "folder" or is_own(options, config, found)
-    name = options.split or ("test" if own else "all")
+    held_out = "test" if found["test"].size or not data.validation_fraction else "validation"
+    name = options.split or (held_out if own else "all")
     if name == "validation" and not data.validation_fraction:
         raise InputError(f"{options.run} kept no part of train for validation: choose --split test or train")
     source = whole(found) if name == "all" else found["test" if name == "test" else "train"]

@@ -162,6 +162,8 @@ def main(options: Options) -> int:
     from unet_jax.folders import default_cache_dir
     from unet_jax.predict import load
 
+    if options.run.is_file():
+        raise InputError(f"{options.run} is a file: a run's folder comes first, the pictures after it")
     if options.white is not None and not 0 < options.white < 65536:
         raise InputError(f"--white is {options.white}: it must be from 1 to 65535")
     pictures_files.MAX_PIXELS = Image.MAX_IMAGE_PIXELS = int(options.max_megapixels * 1e6)

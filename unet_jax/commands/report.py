@@ -20,7 +20,8 @@ class Run(NamedTuple):
     config: RunConfig
     environment: dict[str, Any]
     records: list[dict[str, Any]]
-    scores: dict[str, Any]  # on the test split: of the last epoch, or of the one that validation chose
+    part: str  # test, or validation where there was no test
+    scores: dict[str, Any]  # of that part by name: of the last epoch, or of the one that validation chose
 
     @property
     def framework(self) -> str:
@@ -31,19 +32,22 @@ def read_run(folder: Path) -> Run:
     """config.json, environment.json, the records of metrics.jsonl, and of a run with validation summary.json.
 
     Raises:
-      InputError: the folder is no run, has no finished epoch, or has not met the test split.
+      InputError: the folder is no run, has no finished epoch, or has a validation part and is not finished.
     """
+    from unet_jax.metrics import held_out
+
     try:
         config, environment = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "environment"))
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         scores = records[-1] if records else {}
-        if records and "test_loss" not in scores:
-            scores = json.loads((folder / "summary.json").read_text())["test"]
+        if "validation_loss" in scores:
+            best = max(records, key=lambda record: (record["validation_mean_iou"] or 0, record["epoch"]))
+            scores = json.loads((folder / "summary.json").read_text()).get("test", best)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} cannot be read as a finished run ({error})") from None
     if not records:
         raise InputError(f"{folder} has no finished epoch")
-    return Run(from_dict(config), environment, records, scores)
+    return Run(from_dict(config), environment, records, *held_out(scores))
 
 
 HEAD = ("variant", "data", "size", "pictures", "epochs", "other settings", "framework", "seeds", "published best loss",
@@ -73,17 +77,22 @@ def row(runs: list[Run]) -> str:
     """A line of the table: runs that differ in their seeds alone."""
     config, data = runs[0].config, runs[0].config.data
     recipe = VARIANTS.get(config.variant)
-    published = TEST_LOSSES.get(config.variant) if recipe and recipe.loss == config.train.loss else None
+    comparable = recipe and recipe.loss == config.train.loss and data.dataset != "folder"
+    published = TEST_LOSSES.get(config.variant) if comparable else None
     best = [min(r["test_loss"] for r in run.records) for run in runs if "test_loss" in run.records[-1]]
-    iou = [{k: v for k, v in run.scores["iou"].items() if v is not None} for run in runs]
+    iou = [{k: v for k, v in run.scores.get("iou", {}).items() if v is not None} for run in runs]
+
+    def score(name: str) -> str:
+        values = [run.scores[name] for run in runs if run.scores.get(name) is not None]
+        return spread(values) + " (validation)" * (runs[0].part == "validation") if values else "-"
+
     cells = (
         config.variant, data.dataset, size_text(data.image_size), data.train_examples or "all", len(runs[0].records),
         settings(config), runs[0].framework, " ".join(str(run.config.train.seed) for run in runs),
         min(published.values()) if published else "-",
-        spread(run.scores["test_loss"] for run in runs), spread(best) if best else "-",
-        spread(run.scores["mean_iou"] for run in runs),
+        score("loss"), spread(best) if best else "-", score("mean_iou"),
         ", ".join(f"{name} {statistics.mean(i[name] for i in iou if name in i):.3f}" for name in iou[0]),
-        spread(run.scores["pixel_accuracy"] for run in runs),
+        score("pixel_accuracy"),
         spread((statistics.median(r["seconds"] for r in run.records) for run in runs), ".1f"),
         spread((statistics.median(r["images_per_second"] for r in run.records) for run in runs), ".0f"),
         runs[0].environment["device"],
@@ -111,15 +120,16 @@ def write_comparison(folders: list[Path], out: Path | None = None, name: str = "
     text = table(runs.values())
     note = (
         "Published losses are of 240x240 pictures, 25 epochs, and the best of those printed; test loss is the mean of"
-        " the batch means, after the last epoch, or with a validation part after the best. Of several seeds: mean"
+        " the batch means, after the last epoch, or with a validation part after the best; (validation) where there was"
+        " no test. Of several seeds: mean"
         " (lowest to highest). Times are an epoch's median.\n"
     )
     (out / f"{name}.md").write_text(f"{text}\n{note}")
     panels: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for label, run in runs.items():
         panels.setdefault(run.config.variant, {})[label] = run.records
-    points = {variant: TEST_LOSSES.get(variant, {}) for variant in panels}
     datasets = sorted({run.config.data.dataset for run in runs.values()})
+    points = {variant: TEST_LOSSES.get(variant, {}) for variant in panels} if datasets != ["folder"] else {}
     plots.comparison_figure(panels, points, f"test loss on {', '.join(datasets)}").savefig(out / f"{name}.png")
     print(text)
 
