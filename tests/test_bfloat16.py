@@ -8,9 +8,11 @@ import pytest
 from test_cpu_layers import calls
 from test_layers import normal
 
+from unet_jax import layers
 from unet_jax.cpu import layers as cpu_layers
 from unet_jax.cpu.lazy import scaled
 from unet_jax.cpu.library import has_bfloat16
+from unet_jax.train import prepare
 
 ON_ONE_CPU = jax.default_backend() == "cpu" and jax.device_count() == 1
 pytestmark = pytest.mark.skipif(not (ON_ONE_CPU and has_bfloat16()), reason="needs a CPU with AMX, and a compiler")
@@ -105,3 +107,16 @@ def test_nan_stays():
     y = np.asarray(jax.jit(lambda part: conv.apply({"params": params}, part))(part), np.float32)
     assert np.isnan(y[0, 2:5, 2:5]).all()
     assert np.isfinite(y[0, 5:]).all()
+
+
+def test_what_comes_in_and_what_is_resized_is_rounded_once():
+    pictures = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(prepare(pictures, HALF), half(pictures.astype(np.float32) / 255))
+    params = {"kernel": normal(3, 3, 3, 32), "bias": normal(32)}
+    conv, x = cpu_layers.Conv(32, dtype=HALF), normal(2, 8, 8, 3)
+    apply = jax.jit(lambda x: conv.apply({"params": params}, x))
+    assert calls(apply, x) == 1  # float32 pictures are not left to XLA, which rounds before the bias too
+    np.testing.assert_array_equal(apply(x), apply(half(x)))
+    y = half(normal(2, 6, 10, 16))
+    exact = layers.resize_double(y.astype(np.float32))
+    np.testing.assert_allclose(cpu_layers.resize_double(y).astype(np.float32), exact, rtol=2.0**-8, atol=1e-6)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
@@ -84,7 +85,8 @@ def init_state(
 
 def prepare(images: ArrayLike, dtype: DTypeLike) -> Array:
     """Pictures of 0 to 255 to what the network is fed: values in [0, 1]."""
-    return jnp.asarray(images, dtype) * jnp.asarray(1 / 255, dtype)
+    wide = np.promote_types(dtype, np.float32)  # 1/255 is no bfloat16
+    return (jnp.asarray(images, wide) * jnp.asarray(1 / 255, wide)).astype(dtype)
 
 
 def train_step(

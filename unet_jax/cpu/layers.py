@@ -3,6 +3,7 @@
 Gradients are written out (reverse mode; where the C++ is used, of first order alone).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ class Conv(layers.Conv):
 
     def convolve(self, x: Array | Lazy, kernel: Array, bias: Array) -> Array:
         """The convolution itself."""
+        x = x if isinstance(x, Lazy) else x.astype(self.dtype)
         if bfloat16.suits(x, self.dtype):
             return bfloat16.conv(x, kernel, bias, self.strides)
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
@@ -38,6 +40,7 @@ class TransposedConv(layers.TransposedConv):
 
     def convolve(self, x: Array | Lazy, kernel: Array, bias: Array) -> Array:
         """The transposed convolution itself."""
+        x = x if isinstance(x, Lazy) else x.astype(self.dtype)
         if bfloat16.suits(x, self.dtype):
             return bfloat16.transposed_conv(x, kernel, bias)
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
@@ -130,14 +133,17 @@ def join(parts: list[Any]) -> Joined:
 
 def max_pool(x: Array | Lazy) -> Array:
     """`layers.max_pool` of lazy arrays too."""
-    array = as_array(x)
-    # In float32: XLA's maximum of bfloat16 takes ten times as long.
-    return layers.max_pool(array.astype(layers.wide_dtype(array))).astype(array.dtype)
+    return _in_wide_dtype(layers.max_pool, as_array(x))
+
+
+def _in_wide_dtype(f: Callable[[Array], Array], x: Array) -> Array:
+    """f(x), computed in float32 where x is bfloat16: in that, XLA takes up to ten times as long."""
+    return f(x.astype(layers.wide_dtype(x))).astype(x.dtype)
 
 
 def resize_double(x: Array | Lazy) -> Array:
     """`layers.resize_double` as a few passes over x, where a matrix product multiplies mostly zeros."""
-    return _double_axis(_double_axis(as_array(x), 2), 1)
+    return _in_wide_dtype(lambda x: _double_axis(_double_axis(x, 2), 1), as_array(x))
 
 
 def _blend_weights(x: Array, axis: int) -> tuple[Array, Array]:
