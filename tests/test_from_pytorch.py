@@ -155,13 +155,13 @@ def test_wrong_shapes_are_listed_in_pytorchs_order():
 @pytest.mark.parametrize(("down", "up"), [variant for variant in VARIANTS if variant != ("max_pool", "resize")])
 def test_another_variant_is_named(down, up):
     text = message(make_state_dict(down, up), make_model("max_pool", "resize"))
-    assert ("downsampling='strided_conv'" in text) == (down == "strided_conv")
-    assert ("upsampling='transposed_conv'" in text) == (up == "transposed_conv")
+    assert ("--downsampling strided_conv" in text) == (down == "strided_conv")
+    assert ("--upsampling transposed_conv" in text) == (up == "transposed_conv")
 
 
 def test_other_widths_and_classes_are_named():
     text = message(make_state_dict(widths=(4, 8), num_classes=2), make_model())
-    assert text.endswith("it looks like one of UNet(widths=(4, 8), num_classes=2)")
+    assert text.endswith("it looks like a network of --widths 4 8, 2 --class-names")
 
 
 def test_what_is_no_state_dict_is_refused():

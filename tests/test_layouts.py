@@ -1,4 +1,4 @@
-"""Folders as tools leave them: each layout is told, and read like images/ and masks/; others are refused."""
+"""Folders as tools leave them: each layout is told, read, trained on and predicted; others are refused."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_folder import as_palette, execute, labels, load
-from test_splits import refusal, split_of
+from test_splits import evaluate, refusal, split_of, train
+
+from unet_jax import device, plots
+from unet_jax.commands import predict
 
 BORDER = (224, 224, 192)
 # As CVAT writes it; background and border are known without being listed.
@@ -141,8 +144,8 @@ def test_cvat_lists_its_colours(tmp_path, stored, capsys):
         ),
         (
             ["imgs", "labels"],
-            "images/ and masks/: images/ and masks/ are missing (or JPEGImages/ and SegmentationClass/ (Pascal VOC), or"
-            " train/images/ and train/masks/, or NAME_mask beside NAME), it holds imgs, labels",
+            "images/ and masks/: it holds imgs, labels (other ways: JPEGImages/ and SegmentationClass/ (Pascal VOC), or"
+            " train/images/ and train/masks/, or NAME_mask beside NAME)",
         ),
         (
             ["VOC2012/JPEGImages", "VOC2012/SegmentationClass"],
@@ -162,19 +165,63 @@ def test_refusals_of_the_command_name_the_layout(tmp_path):
     assert "(Pascal VOC): SegmentationClass/ is missing, it holds JPEGImages" in message
 
 
-def test_a_run_on_cvat_s_export(tmp_path):
-    mask = as_palette(TRUTH, VOC_COLOURS).convert("RGB")
-    data = write_voc(tmp_path / "data", mask, {"train": "ab", "val": "c", "test": "de"})
-    (data / "labelmap.txt").write_text(LABELMAP)
-    flags = ("--image-size", "16", "--widths", "4", "4", "--epochs", "1", "--workdir", "run")
-    output = execute(tmp_path, "train", "--dataset", "folder", "--data-dir", "data", *flags)
-    assert output.count("data: read as Pascal VOC: 3 classes, 2 train + 1 validation + 2 test pictures") == 1
-    kept = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
-    assert kept["class_colours"] == ["#000000", "#800000", "#008000"]
-    execute(tmp_path, "evaluate", "run")
-    result = json.loads((tmp_path / "run" / "evaluation-test" / "evaluation.json").read_text())
-    assert (result["pictures"], list(result["iou"])) == (2, ["background", "cat", "dog"])
-    execute(tmp_path, "predict", "run", "data/JPEGImages/f.jpg", "--out", "out")
-    with Image.open(tmp_path / "out" / "f_mask.png") as predicted:
-        assert predicted.size == mask.size
-        assert predicted.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+def plain(mask: Image.Image, picture: str = "images/{}.jpg", masked: str = "masks/{}.png", **classes: list):
+    """What fills a folder of five pictures and masks of such names, and classes.json if given."""
+
+    def fill(folder: Path) -> None:
+        write(folder, [picture.format(s) for s in "abcde"], [masked.format(s) for s in "abcde"], mask)
+        if classes:
+            (folder / "classes.json").write_text(json.dumps(classes))
+
+    return fill
+
+
+def by_split(folder: Path) -> None:
+    """Folders of splits: two pictures to train, one for validation and three to test."""
+    stems = ["train/a", "train/b", "val/c", "test/d", "test/e", "test/f"]
+    write(folder, [f"images/{s}.jpg" for s in stems], [f"masks/{s}.png" for s in stems], INDICES)
+
+
+def cvat(folder: Path) -> None:
+    write_voc(folder, PALETTE.convert("RGB"), {"train": "ab", "val": "c", "test": "de"})
+    (folder / "labelmap.txt").write_text(LABELMAP)
+
+
+INDICES, PALETTE = Image.fromarray(TRUTH), as_palette(TRUTH, VOC_COLOURS)
+OURS, VOC = list(plots.COLOURS[:3]), ["#000000", "#800000", "#008000"]
+NUMBERED, XYZ = ["class_0", "class_1", "class_2"], ["x", "y", "z"]
+LISTED = {"names": XYZ, "colours": [[0, 0, 0], [128, 0, 0], [0, 128, 0]], "ignore": [[*BORDER]]}
+# What fills the folder; the part that is evaluated and its pictures; names and colours of the classes.
+LAYOUTS = {
+    "images and masks": (plain(INDICES), "test", 1, NUMBERED, OURS),
+    "NAME_mask in TIFF": (plain(INDICES, "images/{}.tif", "masks/{}_mask.tif"), "test", 1, NUMBERED, OURS),
+    "beside": (plain(INDICES, "{}.jpg", "{}_mask.png", names=XYZ), "test", 1, XYZ, OURS),
+    "folders of splits": (by_split, "test", 3, NUMBERED, OURS),
+    "Pascal VOC": (
+        lambda folder: write_voc(folder, PALETTE, {"train": "abc", "val": "de"}), "validation", 2, NUMBERED, VOC,
+    ),
+    "CVAT": (cvat, "test", 2, ["background", "cat", "dog"], VOC),
+    "0 and 255": (plain(Image.fromarray(255 * labels(2))), "test", 1, ["background", "foreground"], OURS[:2]),
+    "colours": (plain(PALETTE.convert("RGB"), **LISTED), "test", 1, XYZ, VOC),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_trained_on_evaluated_and_predicted(tmp_path, layout, monkeypatch):
+    fill, part, count, names, colours = LAYOUTS[layout]
+    fill(tmp_path / "data")
+    monkeypatch.setattr(device, "set_up", lambda folder: None)  # the tests have their own
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_: None)  # half of the time; test_plots.py draws
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.chdir(tmp_path)
+    train("--data-dir", "data", "--epochs", 1, "--batch-size", 2, "--workdir", "run")
+    result = evaluate("run")
+    assert (result["split"], result["pictures"], list(result["iou"])) == (part, count, names)
+    picture = next(path for path in sorted(Path("data").rglob("a.*")) if "ask" not in str(path))
+    with pytest.raises(SystemExit) as ended:
+        predict.command(["run", str(picture), "--out", "out"])
+    assert not ended.value.code
+    with Image.open("out/a_mask.png") as mask, Image.open("out/a_overlay.png") as overlay:
+        assert (mask.mode, mask.size, overlay.size) == ("P", (24, 20), (24, 20))
+        assert np.asarray(mask).max() < len(names)
+        assert mask.getpalette()[: 3 * len(names)] == list(bytes.fromhex("".join(c[1:] for c in colours)))

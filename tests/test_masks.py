@@ -125,6 +125,28 @@ def test_palettes_are_compared_among_the_indices_that_occur(tmp_path):
     np.testing.assert_array_equal(load(tmp_path)[1]["b"].labels, SQUARE)
 
 
+def test_palettes_give_the_colours_unless_they_are_greys(tmp_path):
+    save(tmp_path, "a", as_palette(SQUARE, COLOURS))
+    save(tmp_path, "b", as_palette(1 - SQUARE, COLOURS))
+    assert complete(config(tmp_path), 0).class_colours == ("#0a141e", "#c80000")
+    assert complete(config(tmp_path, class_colours=("#000000", "#ffffff")), 0).class_colours[1] == "#ffffff"
+    assert complete(config(tmp_path, ("x", "y", "never")), 0).class_colours == ()
+    for stem in "ab":
+        save(tmp_path, stem, as_palette(SQUARE, np.arange(256, dtype=np.uint8).repeat(3)))
+    assert complete(config(tmp_path), 0).class_colours == ()
+
+
+def test_greys_of_a_gif_are_values(tmp_path):
+    truth = np.where(labels() == 2, 255, labels()).astype(np.uint8)  # which Pillow stores as 0, 1 and 2
+    for stem in "ab":
+        save(tmp_path, stem, truth)
+        Image.fromarray(truth).save(tmp_path / "masks" / f"{stem}.gif")
+        (tmp_path / "masks" / f"{stem}.png").unlink()
+    names, examples = load(tmp_path)
+    assert names == ("class_0", "class_1")
+    np.testing.assert_array_equal(examples["a"].labels, truth)
+
+
 def test_shapes_in_alpha_alone_are_refused(tmp_path):
     white = np.full((*SQUARE.shape, 4), 255, np.uint8)
     white[..., 3] = SQUARE * 255

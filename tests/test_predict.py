@@ -85,6 +85,14 @@ def test_a_list_is_its_pictures_one_by_one(predictor):
     assert predictor([]) == []
 
 
+def test_what_a_notebook_shows_is_short(run):
+    code = f"import unet_jax; print(len(repr(unet_jax.load({str(run)!r}))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "absl" not in done.stderr  # orbax warns that what is read is not to be written
+    assert int(done.stdout) < 2000
+
+
 def test_at_the_training_size_nothing_is_resized(predictor):
     image = picture(SIZE, SIZE)
     model = train.make_model(predictor.config.model, 3, predictor.placement)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -105,7 +106,7 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), _fields(abstract))
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
     skipped: list[str] = []
-    with ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as checkpoints:
+    with _reader(folder) as checkpoints:
         for step in sorted(checkpoints.all_steps(), reverse=True):
             try:
                 restored = checkpoints.restore(step, args=items)
@@ -119,6 +120,20 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
                 reason = str(error).strip().split("\n")[0][:150]
                 skipped.append(f"checkpoint {step} in {folder} cannot be used ({reason})")
     raise InputError(f"{skipped[0]}: it is damaged, or was made with another config")
+
+
+@contextmanager
+def _reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
+    """The checkpoints of a folder, to be read alone; orbax's warnings that they are not to be written are left out."""
+    before = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(min(before, absl.logging.ERROR))
+    try:
+        with ocp.CheckpointManager(
+            folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
+        ) as checkpoints:
+            yield checkpoints
+    finally:
+        absl.logging.set_verbosity(before)
 
 
 def _fields(state: TrainState) -> dict[str, Any]:

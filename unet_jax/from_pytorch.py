@@ -129,7 +129,7 @@ def _torch_layers(model: UNet) -> dict[str, str]:
 
 
 def _advice(arrays: Mapping[str, np.ndarray], model: UNet) -> str:
-    """What to do about a state dict that does not fit: the fields of the UNet that it looks like, where they differ."""
+    """What to do about a state dict that does not fit: the flags of the UNet that it looks like, where they differ."""
     blocks = 0
     while f"cblock{blocks + 1}.conv1.bias" in arrays:
         blocks += 1
@@ -142,7 +142,13 @@ def _advice(arrays: Mapping[str, np.ndarray], model: UNet) -> str:
     }
     if f"conv{2 * blocks + 1}.bias" in arrays:
         like["num_classes"] = np.size(arrays[f"conv{2 * blocks + 1}.bias"])
-    differing = ", ".join(f"{field}={value!r}" for field, value in like.items() if value != getattr(model, field))
-    return (
-        f"it looks like one of UNet({differing})" if differing else "its file may be incomplete or from another network"
-    )
+    differing = [_flag(field, value) for field, value in like.items() if value != getattr(model, field)]
+    if not differing:
+        return "its file may be incomplete or from another network"
+    return f"it looks like a network of {', '.join(differing)}"
+
+
+def _flag(field: str, value: Any) -> str:
+    if field == "num_classes":
+        return f"{value} --class-names"
+    return f"--{field} {' '.join(map(str, value)) if field == 'widths' else value}"

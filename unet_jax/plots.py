@@ -105,7 +105,7 @@ def metrics_figure(records: Sequence[Mapping[str, Any]], title: str, colours: Se
     losses.plot(epochs, [s["loss"] for s in scores], "o-", ms=3, label=part)
     losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     losses.legend(frameon=False)
-    iou.plot(epochs, [s["mean_iou"] for s in scores], "k-o", ms=3, lw=2, label="mean")
+    iou.plot(epochs, [s["mean_iou"] for s in scores], "k--o", ms=3, lw=2, label="mean")  # a class may be black
     names = list(scores[-1]["iou"]) if scores else []
     for name, colour in zip(names, palette(len(names), colours) / 255, strict=True):
         values = [s["iou"][name] for s in scores]

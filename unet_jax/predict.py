@@ -1,7 +1,7 @@
 """A run's checkpoint as a function of pictures of any size: `load("runs/mp_tr_dice")(images)`."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,10 +48,10 @@ class Predictor:
     """
 
     config: RunConfig
-    restored: Restored
+    restored: Restored = field(repr=False)  # a notebook would print all weights
     placement: device.Placement
     tile_size: int
-    forward: Callable[[TrainState, Any], Array]
+    forward: Callable[[TrainState, Any], Array] = field(repr=False)
 
     def __call__(self, images: Images, mode: Mode = "resize", tta: Tta = "none", probabilities: bool = False) -> Any:
         """Labels uint8 [H, W], or with `probabilities` float32 [H, W, num_classes], of a picture; a list of a list.

@@ -35,7 +35,7 @@ class Options:
     cache_dir: str | None = None
     """Folder of the decoded pictures. Default: ~/.cache/unet_jax."""
     compilation_cache: bool = True
-    """Keep compiled programs in ~/.cache/unet_jax/xla, so that a later start compiles nothing."""
+    """Unless this is given, compiled programs are kept in ~/.cache/unet_jax/xla: a later start compiles nothing."""
     deterministic: bool = False
     """Have a GPU add in a fixed order: repeated and resumed runs are bit-equal, steps take longer."""
     log: Literal["tensorboard"] | None = None

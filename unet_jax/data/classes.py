@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,18 @@ def in_colours(table: Table) -> bool:
     return any(code >= COLOUR for code, _ in table)
 
 
-def colours_of(table: Table) -> tuple[str, ...]:
-    """The colours of the classes as #rrggbb, () where values are listed or nothing is."""
-    codes = [code for code, label in table if label != IGNORE_LABEL]
-    return tuple(f"#{code - COLOUR:06x}" for code in codes) if in_colours(table) else ()
+def colours_of(table: Table, palette: Mapping[int, int], values: Iterable[int]) -> tuple[str, ...]:
+    """The colours of the classes as #rrggbb: those listed, else those that the masks' palette has for their values.
+
+    () where the palette lacks one, has the same for two, or has greys alone: figures then take our own.
+    """
+    listed = [code for code, label in table if label != IGNORE_LABEL]
+    if in_colours(table):
+        return tuple(f"#{code - COLOUR:06x}" for code in listed)
+    colours = [palette.get(value, COLOUR) for value in listed or values]
+    if COLOUR in colours or len({*colours}) < len(colours) or all(colour % 0x010101 == 0 for colour in colours):
+        return ()
+    return tuple(f"#{colour:06x}" for colour in colours)
 
 
 def example(names: Sequence[str], classes: Iterable[int], ignored: Iterable[int] = ()) -> str:

@@ -30,8 +30,8 @@ def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple
         return "oxford_iiit_pet", None
     if data_dir and not download:
         raise InputError(
-            f"no prepared oxford_iiit_pet in --data-dir {data_dir}: give the folder that holds oxford_iiit_pet/,"
-            " or add --download to prepare it there"
+            f"no prepared oxford_iiit_pet in --data-dir {data_dir}: add --dataset folder for pictures of your own; for"
+            " the pets, give the folder that holds oxford_iiit_pet/, or add --download to prepare it there"
         )
     if oxford_iiit_pet.is_reachable():
         return "oxford_iiit_pet", None

@@ -51,6 +51,7 @@ class Folder(NamedTuple):
     table: Table
     reading: Reading
     white: int
+    colours: tuple[str, ...]
 
 
 def complete(data: DataConfig, seed: int) -> DataConfig:
@@ -66,7 +67,7 @@ def complete(data: DataConfig, seed: int) -> DataConfig:
     return replace(
         data,
         class_names=folder.reading.names,
-        class_colours=data.class_colours or classes.colours_of(folder.table),
+        class_colours=data.class_colours or folder.colours,
         mask_255=folder.reading.meaning,
         white=folder.white,
         validation_fraction=kept / (kept + trained) if kept else data.validation_fraction,
@@ -81,7 +82,7 @@ def sources(data: DataConfig, seed: int) -> dict[str, Source]:
     Raises:
       InputError: as `complete` does, but for what no training can be done with.
     """
-    splits, table, reading, white = _checked(data, seed, to_train=False)
+    splits, table, reading, white, _ = _checked(data, seed, to_train=False)
     data_dir = Path(data.data_dir or ".")
 
     def source(split: str, pairs: list[Pair]) -> Source:
@@ -132,7 +133,9 @@ def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
     read_as = f"read as {layout.name}: {len(reading.names)} classes, {counts} pictures"
     for line in (read_as, *left_out, *_notes(seen, reading, brightest, white)):
         _print_once(f"{data_dir}: {line}")
-    return Folder(splits, table, reading, white)
+    palette = {index: colour for mask in seen.values() for index, colour in mask.palette.items()}
+    values = (0, IGNORE_LABEL) if reading.meaning == "class" else range(len(reading.names))
+    return Folder(splits, table, reading, white, classes.colours_of(table, palette, values))
 
 
 def _too_little(needed: set[str], splits: Splits, reading: Reading, listed: bool) -> Problems:

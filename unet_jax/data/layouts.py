@@ -87,6 +87,7 @@ def _instead(data_dir: Path, missing: list[str]) -> str:
     inside = sorted(path for path in data_dir.iterdir() if not path.name.startswith("."))
     if deeper := [path for path in inside if path.is_dir() and not all(_missing(path).values())]:
         return f"it holds such folders, give one of them: {some(deeper)}"
-    others = f" (or {_what(VOC)}, or {_what(BY_SPLIT)}, or NAME_mask beside NAME)" if len(missing) == 2 else ""
-    lacks = f"{' and '.join(f'{part}/' for part in missing)} {'is' if len(missing) == 1 else 'are'} missing"
-    return f"{lacks}{others}, it holds {some([path.name for path in inside]) or 'nothing'}"
+    holds = f"it holds {some([path.name for path in inside]) or 'nothing'}"
+    if len(missing) == 1:
+        return f"{missing[0]}/ is missing, {holds}"
+    return f"{holds} (other ways: {_what(VOC)}, or {_what(BY_SPLIT)}, or NAME_mask beside NAME)"

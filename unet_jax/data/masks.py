@@ -75,11 +75,17 @@ def _open(path: Path) -> Image.Image:
             image.load()
             if image.mode == "F":
                 raise InputError("has floating-point values: save it with 8 or 16 bits")
-            return ImageOps.exif_transpose(image)  # each by its own: a camera's tool may have kept it in either
+            upright = ImageOps.exif_transpose(image)  # each by its own: a camera's tool may have kept it in either
+            # A GIF has no other way to hold greys, and Pillow numbers them anew when it saves them.
+            return upright.convert("L") if image.format == "GIF" and _has_greys_alone(image) else upright
     except UnidentifiedImageError:
         raise InputError(f"{path}: is no PNG (nor a GIF, TIFF or BMP)") from None
     except Exception as error:  # damaged files fail in many ways
         raise InputError(f"{path}: {error}".partition("\n")[0]) from None
+
+
+def _has_greys_alone(image: Image.Image) -> bool:
+    return image.mode == "P" and not np.ptp(np.array(image.getpalette("RGB")).reshape(-1, 3), axis=1).any()
 
 
 def _values(image: Image.Image, path: Path, colours: bool) -> np.ndarray:
