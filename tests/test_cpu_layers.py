@@ -301,10 +301,9 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flags are x86's")
-@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx"])
-def test_other_vector_units_compute_the_same(flags, tmp_path):
-    done = run_python(WITH_OTHER_FLAGS, UNET_JAX_CXXFLAGS=flags, XDG_CACHE_HOME=str(tmp_path))
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flag is x86's")
+def test_other_vector_units_compute_the_same(tmp_path):
+    done = run_python(WITH_OTHER_FLAGS, UNET_JAX_CXXFLAGS="-mno-avx512f", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
 
 

@@ -98,7 +98,7 @@ def test_training_does_not_overwrite_it(make_import, weights, tmp_path):
 
 
 def test_what_is_refused_writes_nothing(make_import, tmp_path, weights):
-    with pytest.raises(InputError, match="upsampling='transposed_conv'"):
+    with pytest.raises(InputError, match="--upsampling transposed_conv"):
         make_import(tmp_path / "run", weights, "strconv_ups_dice")
     with pytest.raises(InputError, match="multiples of 2"):
         make_import(tmp_path / "run", weights, image_size=31)

@@ -25,9 +25,7 @@ class Options:
 def main(options: Options) -> None:
     """Writes the artifact, and prints how it is used."""
     from unet_jax.export import export_run
-    from unet_jax.processes import quiet
 
-    quiet()
     description = export_run(options.run, options.out, options.format)
     artifact, shape = description["artifact"], ", ".join(map(str, description["input"]["shape"]))
     print(
