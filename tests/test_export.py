@@ -9,6 +9,7 @@ import pytest
 from test_predict import SIZE, make_run, picture
 
 from unet_jax import device
+from unet_jax.commands.export import command
 from unet_jax.errors import InputError
 from unet_jax.predict import load
 
@@ -101,10 +102,12 @@ def test_onnx_runtime_gives_the_answers_of_the_checkpoint(tmp_path, monkeypatch,
         np.testing.assert_allclose(names["session"].run(None, {"images": images})[0], expected, atol=1e-4)
 
 
-def test_what_a_format_needs_is_told(folders, tmp_path, monkeypatch):
+def test_what_onnx_needs_is_told_in_a_line(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)  # as if it were not installed
-    with pytest.raises(InputError, match=r"this export needs jax2onnx: pip install 'unet-jax\[onnx\]'"):
-        export.export_run(folders[0], tmp_path / "out", "onnx")
+    with pytest.raises(SystemExit) as end:
+        command([str(folders[0]), "--out", str(tmp_path / "out"), "--format", "onnx"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith("error: this export needs jax2onnx: pip install 'unet-jax[onnx]'\n")
     assert not (tmp_path / "out").exists()
 
 

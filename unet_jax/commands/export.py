@@ -28,9 +28,10 @@ def main(options: Options) -> None:
 
     description = export_run(options.run, options.out, options.format)
     artifact, shape = description["artifact"], ", ".join(map(str, description["input"]["shape"]))
+    platforms = f", for {', '.join(description['platforms'])}" if "platforms" in description else ""
     print(
-        f"{options.out / artifact['file']}: {artifact['bytes'] / 1e6:.1f} MB, uint8 [{shape}] to probabilities; needs"
-        f" {' and '.join(description['needs'])}.\n"
+        f"{options.out / artifact['file']}: {artifact['bytes'] / 1e6:.1f} MB, uint8 [{shape}] to probabilities"
+        f"{platforms}; needs {' and '.join(description['needs'])}.\n"
     )
     print("\n".join(description["usage"]))
 
