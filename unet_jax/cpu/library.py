@@ -8,6 +8,7 @@ import os
 import shlex
 import stat
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +87,7 @@ def compiled(folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _refuse_what_others_may_write(folder)
     if not _is_whole(library):
+        print("compiling the convolutions for this processor: once, in some 20 seconds", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             made = Path(unfinished) / library.name
             _compile(command, made)
