@@ -121,8 +121,7 @@ def write_comparison(folders: list[Path], out: Path | None = None, name: str = "
     note = (
         "Published losses are of 240x240 pictures, 25 epochs, and the best of those printed; test loss is the mean of"
         " the batch means, after the last epoch, or with a validation part after the best; (validation) where there was"
-        " no test. Of several seeds: mean"
-        " (lowest to highest). Times are an epoch's median.\n"
+        " no test. Of several seeds: mean (lowest to highest). Times are an epoch's median.\n"
     )
     (out / f"{name}.md").write_text(f"{text}\n{note}")
     panels: dict[str, dict[str, list[dict[str, Any]]]] = {}

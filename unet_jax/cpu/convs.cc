@@ -9,6 +9,11 @@
 
 namespace {
 
+struct Place {
+  int64_t picture, i, j;
+  Place(int64_t index, int64_t h, int64_t w) : picture(index / (h * w)), i(index / w % h), j(index % w) {}
+};
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kSums = 24;  // of 32 registers those that sum
 #elif defined(__AVX__)
@@ -476,7 +481,6 @@ void gradient_of_halving(ffi::ThreadPool& pool, const Pictures& x, const Picture
 
 // ---- What XLA calls ----
 
-// Arguments come as x, gain, shift of each part, and then others; a gain or a bias of no elements is none.
 Pictures pictures(Array x) {
   auto shape = x.dimensions();
   return {x.typed_data(), nullptr, nullptr, false, shape[0], shape[1], shape[2], shape[3]};

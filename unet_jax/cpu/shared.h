@@ -71,14 +71,10 @@ void parallel_blocks(ffi::ThreadPool& pool, int64_t count, int64_t most, const R
   parallel(pool, ceil_div(count, size), [&](int64_t i) { rows(i * size, std::min(count, (i + 1) * size)); });
 }
 
-struct Place {
-  int64_t picture, i, j;
-  Place(int64_t index, int64_t h, int64_t w) : picture(index / (h * w)), i(index / w % h), j(index % w) {}
-};
-
 // Of a sum over pictures: parts at most that have sums of their own; never by the number of threads.
 constexpr int64_t kGroups = 8;
 
+// Arguments come as x, gain, shift of each part, and then others; a gain or a bias of no elements is none.
 using Flags = ffi::Span<const int64_t>;
 
 const float* optional(Array x) { return x.element_count() ? x.typed_data() : nullptr; }
