@@ -60,7 +60,7 @@ def test_a_run_moves_from_eight_devices_to_two_processes_to_one_device(tmp_path)
 
     first, second = pair(tmp_path, run, 4000)
     output = check_faults.wait_for("Test set", first)
-    assert "going on from step 5, 1 epochs are done" in output
+    assert "going on from step 5, after 1 epoch" in output
     second.send_signal(signal.SIGTERM)  # one of them alone: the other agrees on the step to stop at
     ended, other = check_faults.finish(first), check_faults.finish(second)
     assert (ended.status, other.status) == (143, 143), output + ended.output + other.output

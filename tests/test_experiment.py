@@ -49,11 +49,11 @@ def test_a_run_from_python_trains_goes_on_and_predicts(run, capsys):
     before = (folder / "metrics.jsonl").read_bytes()
     capsys.readouterr()
     assert run(small(1)) == folder
-    assert "has its 1 epochs already" in capsys.readouterr().out
+    assert "has its 1 epoch already" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == before
 
     run(small(2))
-    assert "going on from step 2, 1 epochs are done" in capsys.readouterr().out
+    assert "going on from step 2, after 1 epoch" in capsys.readouterr().out
     chex.assert_trees_all_equal(state_of(folder), state_of(run(small(2), "whole")))
     labels = unet_jax.load(folder)(np.zeros((20, 30, 3), np.uint8))
     assert (labels.shape, labels.dtype) == ((20, 30), np.uint8)

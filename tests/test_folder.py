@@ -357,7 +357,7 @@ def test_a_run_from_the_first_epoch_to_the_evaluation(home):
     kept = json.loads((home / "run" / "config.json").read_text())
     assert kept["data"]["class_names"] == ["background", "foreground"]
     assert (kept["train"]["batch_size"], kept["train"]["class_weights"]) == (12, [1, 4])  # 3 of 15 are the test
-    assert "going on from step 1, 1 epochs are done" in execute(home, "run.py", *flags, "--epochs", 2)
+    assert "going on from step 1, after 1 epoch" in execute(home, "run.py", *flags, "--epochs", 2)
     assert "binary_iou" in records(home / "run")[-1]
     execute(home, "evaluate.py", "run")
     result = json.loads((home / "run" / "evaluation-test" / "evaluation.json").read_text())

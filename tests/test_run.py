@@ -99,7 +99,7 @@ def test_finished_run_is_left_alone_and_more_epochs_go_on(home, finished):
     assert (run / "metrics.jsonl").read_bytes() == before
     whole, more = home / "three", [*SMALL[:-1], "3"]
     execute(home, "run.py", *more, "--workdir", whole)
-    assert "going on from step 4, 2 epochs are done" in execute(home, "run.py", *more, "--workdir", run)
+    assert "going on from step 4, after 2 epochs" in execute(home, "run.py", *more, "--workdir", run)
     chex.assert_trees_all_equal(state_of(run), state_of(whole))
 
 
@@ -257,7 +257,7 @@ def test_best_epoch_is_chosen_on_the_validation_part(home):
     assert test["epoch"] == best
     assert int(state_of(run).step) == best  # of the eight training pictures each epoch is one step
     assert max(int(p.name) for p in (run / "best").iterdir()) == best
-    assert f"mean IoU {test['mean_iou']:.4f} after {best} epochs" in output
+    assert f"mean IoU {test['mean_iou']:.4f} after {best} epoch" in output
     execute(home, "evaluate.py", run, "--split", "validation")
     result = json.loads((run / "evaluation-validation" / "evaluation.json").read_text())
     assert (result["pictures"], result["mean_iou"]) == (4, ious[best - 1])

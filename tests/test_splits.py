@@ -221,7 +221,7 @@ def test_a_run_without_test(here, capsys):
     train("--data-dir", "data", "--workdir", "runs/b", "--epochs", 1, "--test-fraction", 0)
     output = capsys.readouterr().out
     assert "there are no pictures to test on" in output
-    assert "no test after 1 epochs" in output
+    assert "no test after 1 epoch;" in output
     assert "test_loss" not in records(Path("runs/b"))[0]
     assert sorted(runs.read_split(Path("runs/b"))["train"]) == [f"p{i}" for i in range(8)]
     assert {"metrics.png", "results.png", "summary.json"} <= {path.name for path in Path("runs/b").iterdir()}

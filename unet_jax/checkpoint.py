@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from unet_jax.errors import STORAGE, InputError
+from unet_jax.errors import STORAGE, InputError, quiet
 from unet_jax.train import TrainState
 
 DISK = [os.strerror(number) for number in STORAGE]
@@ -125,15 +124,9 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
 @contextmanager
 def _reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a folder, to be read alone; orbax's warnings that they are not to be written are left out."""
-    before = absl.logging.get_verbosity()
-    absl.logging.set_verbosity(min(before, absl.logging.ERROR))
-    try:
-        with ocp.CheckpointManager(
-            folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
-        ) as checkpoints:
-            yield checkpoints
-    finally:
-        absl.logging.set_verbosity(before)
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with quiet("absl"), ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
+        yield checkpoints
 
 
 def _fields(state: TrainState) -> dict[str, Any]:

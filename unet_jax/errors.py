@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import sys
@@ -26,6 +27,18 @@ def names_for_flags() -> Iterator[None]:
     except InputError as error:
         text = re.sub(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)", lambda flag: flag[1].replace("-", "_"), str(error))
         raise InputError(text) from None
+
+
+@contextlib.contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """Without the warnings that this library logs."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from unet_jax.device import Placement
 from unet_jax.errors import InputError, names_for_flags
 from unet_jax.folders import default_cache_dir
 from unet_jax.loop import NonFiniteLossError, StepResult, fit
+from unet_jax.metrics import best_epoch
 from unet_jax.progress import Clock, Display
 from unet_jax.results import draw_results, write_results
 from unet_jax.start import resume, settle_precision, start_from, what_is_done
@@ -206,8 +207,7 @@ def save_epochs(
                 if jax.process_index() == 0:
                     log(result.record)
             # The best first: a kill between the two has the epoch done again, not its being the best forgotten.
-            ious = [r["validation_mean_iou"] or 0 for r in records] if best else []
-            if best and ious[-1] == max(ious):
+            if best and best_epoch(records) == len(records) - 1:
                 checkpoint.save(best, state, checkpoint.Progress(records, []))
             checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))
             if stop:

@@ -1,11 +1,9 @@
 """A run as one file that needs no unet_jax: its network and weights as StableHLO, by `jax.export`, or as ONNX."""
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +14,7 @@ from jax import Array, export, lax
 
 from unet_jax import device, layers, runs
 from unet_jax.config import RunConfig, sides, to_dict
-from unet_jax.errors import InputError
+from unet_jax.errors import InputError, quiet
 from unet_jax.predict import probabilities_step
 from unet_jax.train import TrainState, inference_state, make_model
 
@@ -81,7 +79,7 @@ def onnx(config: RunConfig, state: TrainState) -> Artifact:
     height, width = sides(config.data.image_size)
     shape = f"n, {height}, {width}, 3"
     pictures = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.uint8)
-    with _quiet("onnx_ir"):  # it warns of names that no value has
+    with quiet("onnx_ir"):  # it warns of names that no value has
         model = jax2onnx.to_onnx(
             partial(plain_step, config, state),
             [pictures],
@@ -95,18 +93,6 @@ session = onnxruntime.InferenceSession("model.onnx")
 labels = session.run(None, {"images": images})[0].argmax(-1)"""
     facts = {"needs": ["onnxruntime"], "opset": model.opset_import[0].version}
     return Artifact("model.onnx", model.SerializeToString(), shape, usage, facts)
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Without that library's warnings."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 FORMATS = {"jax": stablehlo, "onnx": onnx}

@@ -115,6 +115,11 @@ def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def best_epoch(records: Sequence[Mapping[str, Any]]) -> int:
+    """Of the lines of metrics.jsonl, the index of that with the highest mean IoU on validation, of equals the last."""
+    return max(range(len(records)), key=lambda i: (records[i]["validation_mean_iou"] or 0, i))
+
+
 def held_out(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """("test" or "validation", that part's metrics by name: loss, mean_iou, iou, ...) of a line of metrics.jsonl.
 

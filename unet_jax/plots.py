@@ -199,7 +199,11 @@ def comparison_figure(
         axes.set(title=_plain(name), xlabel="epoch", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(frameon=False, fontsize=8 if len(curves) == 1 else 5)
+        if len(curves) > 1:
+            axes.legend(frameon=False, fontsize=5)
+    if all(len(curves) == 1 for curves in runs.values()):  # their lines have the same names: one legend, off the curves
+        lines = [line for axes in figure.axes for line in axes.lines]
+        _legend_below(figure, list({line.get_label(): line for line in lines}.values()))
     return figure
 
 

@@ -30,10 +30,15 @@ class Clock:
         if self.ticks != self.LAST:
             return None
         minutes = (time.perf_counter() - self.start) / (self.LAST - self.FIRST) * self.ahead / 60
-        line = f"this will take about {minutes:.0f} minutes on this device" if minutes > 1 else None
+        line = f"this will take about {minutes:.0f} minutes on this device" if minutes >= 1.5 else None
         if minutes > 30:
             line = f"{line}; shorter: --image-size 64, fewer --train-examples and --epochs, or a GPU"
         return line
+
+
+def epochs_text(count: int) -> str:
+    """The text 1 epoch, or 2 epochs."""
+    return f"{count} epoch{'s' * (count != 1)}"
 
 
 class Display:

@@ -12,6 +12,7 @@ from unet_jax.config import RunConfig, sides
 from unet_jax.data.batches import Loader, Parts
 from unet_jax.loop import evaluate, out_of_patience
 from unet_jax.metrics import held_out, scores_csv, shown
+from unet_jax.progress import epochs_text
 from unet_jax.train import Steps, TrainState
 
 
@@ -60,7 +61,7 @@ def write_results(
     said = (
         f"{part} loss {of_part['loss']:.4f}, mean IoU {shown(of_part['mean_iou'])}" if "loss" in of_part else "no test"
     )
-    print(f"{config.variant} on {data.dataset}: {said} after {scores['epoch']} epochs; figures in {folder}")
+    print(f"{config.variant} on {data.dataset}: {said} after {epochs_text(scores['epoch'])}; figures in {folder}")
 
 
 def draw_results(config: RunConfig, folder: Path, steps: Steps, state: TrainState, drawn: Loader, epochs: int) -> None:
@@ -79,4 +80,4 @@ def draw_results(config: RunConfig, folder: Path, steps: Steps, state: TrainStat
 
 def _title(config: RunConfig, epochs: int) -> str:
     height, width = sides(config.data.image_size)
-    return f"{config.variant} on {config.data.dataset} ({height}x{width}, {epochs} epochs)"
+    return f"{config.variant} on {config.data.dataset} ({height}x{width}, {epochs_text(epochs)})"

@@ -13,6 +13,7 @@ from unet_jax.config import RunConfig, differences
 from unet_jax.device import Placement
 from unet_jax.errors import InputError
 from unet_jax.loop import out_of_patience
+from unet_jax.progress import epochs_text
 
 
 def what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
@@ -29,9 +30,10 @@ def what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
             " choose another --workdir, or --overwrite to start anew"
         )
     records, patience = runs.finished_records(folder), config.train.patience
+    done = epochs_text(len(records))
     if out_of_patience(records, patience):
-        return f"stopped after {len(records)} epochs by --patience {patience}: give more of it"
-    return f"has its {len(records)} epochs already: give more --epochs" if len(records) >= config.train.epochs else ""
+        return f"stopped after {done} by --patience {patience}: give more of it"
+    return f"has its {done} already: give more --epochs" if len(records) >= config.train.epochs else ""
 
 
 def settle_precision(config: RunConfig, folder: Path, placement: Placement, overwrite: bool) -> RunConfig:
@@ -82,5 +84,5 @@ def resume(folder: Path, config: RunConfig, placement: Placement) -> Restored:
     for line in restored.skipped:
         print(line, file=sys.stderr)
     runs.write_records(folder, restored.progress.records)
-    print(f"going on from step {int(restored.state.step)}, {len(restored.progress.records)} epochs are done")
+    print(f"going on from step {int(restored.state.step)}, after {epochs_text(len(restored.progress.records))}")
     return restored

@@ -34,15 +34,15 @@ def read_run(folder: Path) -> Run:
     Raises:
       InputError: the folder is no run, has no finished epoch, or has a validation part and is not finished.
     """
-    from unet_jax.metrics import held_out
+    from unet_jax.metrics import best_epoch, held_out
 
     try:
         config, environment = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "environment"))
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         scores = records[-1] if records else {}
         if "validation_loss" in scores:
-            best = max(records, key=lambda record: (record["validation_mean_iou"] or 0, record["epoch"]))
-            scores = json.loads((folder / "summary.json").read_text()).get("test", best)
+            summary = json.loads((folder / "summary.json").read_text())
+            scores = summary.get("test", records[best_epoch(records)])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} cannot be read as a finished run ({error})") from None
     if not records:
