@@ -23,6 +23,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Augment = Literal["none", "basic", "strong"]
 Schedule = Literal["constant", "cosine"]
 DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic", "folder"]
+ExportFormat = Literal["jax", "onnx", "weights"]
 Meaning = Literal["class", "ignored"]
 ImageSize = int | tuple[int, int]  # the side of a square, or height and width
 

@@ -1,4 +1,4 @@
-"""A run as one file that needs no unet_jax: its network and weights as StableHLO, by `jax.export`, or as ONNX."""
+"""A run as one file: as StableHLO or ONNX, which need no unet_jax, or its weights alone, which every command reads."""
 
 import dataclasses
 import hashlib
@@ -6,19 +6,18 @@ import importlib.metadata
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, export, lax
 
-from unet_jax import device, layers, runs
-from unet_jax.config import RunConfig, sides, to_dict
+from unet_jax import checkpoint, device, layers, runs, weights
+from unet_jax.config import ExportFormat, Precision, RunConfig, sides, to_dict
 from unet_jax.errors import InputError, quiet
 from unet_jax.predict import probabilities_step
 from unet_jax.train import TrainState, inference_state, make_model
 
-Format = Literal["jax", "onnx"]
 PLATFORMS = ("cpu", "cuda", "tpu")
 # The option of device.compiler_options belongs to the caller's jit and cannot travel in the file.
 OPTIONAL = {
@@ -95,7 +94,16 @@ labels = session.run(None, {"images": images})[0].argmax(-1)"""
     return Artifact("model.onnx", model.SerializeToString(), shape, usage, facts)
 
 
-FORMATS = {"jax": stablehlo, "onnx": onnx}
+def weights_alone(config: RunConfig, state: TrainState) -> Artifact:
+    """As the parameters and statistics, which `runs.load` reads with config.json."""
+    multiple = 2 ** (len(config.model.widths) - 1)
+    usage = 'import unet_jax\nlabels = unet_jax.load(".")(list(images))'
+    return Artifact(
+        weights.FILE, weights.to_bytes(state), f"n, {multiple}*h, {multiple}*w, 3", usage, {"needs": ["unet_jax"]}
+    )
+
+
+FORMATS = {"jax": stablehlo, "onnx": onnx, "weights": weights_alone}
 MISSING = {"jax": "flatbuffers: pip install 'unet-jax[export]'", "onnx": "jax2onnx: pip install 'unet-jax[onnx]'"}
 
 
@@ -118,17 +126,26 @@ def describe(config: RunConfig, step: int, artifact: Artifact) -> dict[str, Any]
     }
 
 
-def export_run(run: Path, out: Path, format: Format = "jax") -> dict[str, Any]:
+def export_run(run: Path, out: Path, format: ExportFormat = "jax") -> dict[str, Any]:
     """Writes a run's checkpoint (that of `runs.load`) to `out` as one file, and model.json; returns what that says.
 
-    Its layers compute in float32, whatever the run's did: the file is for any device.
+    Its layers compute in float32, whatever the run's did: the file is for any device. To the format "weights" belongs a
+    config.json, in which the precision is the device's to choose, and no folder of this machine is named.
 
     Raises:
       InputError: there is no run or no complete checkpoint, `out` cannot be written, or what the format needs is not
         installed.
     """
     config, restored = runs.load(run, device.placement())
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="float32"))
+    precision: Precision = "auto" if format == "weights" else "float32"
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, precision=precision),
+        data=dataclasses.replace(config.data, data_dir=None),
+        train=dataclasses.replace(config.train, init_from=None),
+    )
+    if checkpoint.exists(out / "checkpoints"):
+        raise InputError(f"--out {out} holds a run: choose another folder")
     try:
         artifact = FORMATS[format](config, jax.device_get(inference_state(restored.state)))
         out.mkdir(parents=True, exist_ok=True)
@@ -136,6 +153,8 @@ def export_run(run: Path, out: Path, format: Format = "jax") -> dict[str, Any]:
         (out / "model.json").unlink(missing_ok=True)  # it is written last: with it the folder is complete
         with runs.replacing(out / artifact.name) as file:
             file.write(artifact.content)
+        if format == "weights":
+            runs.write_json(out / "config.json", to_dict(config))
         runs.write_json(out / "model.json", description)
     except ImportError:
         raise InputError(f"this export needs {MISSING[format]}") from None

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from unet_jax.checkpoint import Restored, exists, restore
+from unet_jax import weights
+from unet_jax.checkpoint import Progress, Restored, exists, restore
 from unet_jax.config import RunConfig, from_dict
 from unet_jax.device import Placement, describe, fast_layers, placement
 from unet_jax.errors import InputError
@@ -163,10 +164,16 @@ def read_config(folder: Path) -> RunConfig:
 def load(folder: Path, placement: Placement, config: RunConfig | None = None) -> tuple[RunConfig, Restored]:
     """The config of the run in `folder` and its newest sound checkpoint, or its best one where validation chose one.
 
+    Of a folder that has weights alone, an inference state (as `train.inference_state`).
+
     Raises:
       InputError: there is no run, or no checkpoint that can be read.
     """
     config = config or read_config(folder)
+    if (folder / weights.FILE).exists() and not exists(folder / "checkpoints"):
+        abstract = jax.eval_shape(partial(fresh_state, config, placement))
+        state = jax.device_put(weights.read(folder, abstract), placement.replicated)
+        return config, Restored(state, Progress([], []), [])
     return config, restored(config, folder / ("best" if exists(folder / "best") else "checkpoints"), placement)
 
 

@@ -139,7 +139,8 @@ def evaluate_run(options: Options) -> None:
     text = tables(scores, confusion, classes)
     runs.write_text(out / "tables.md", text)
     draw_extremes(steps, restored.state, split, by_picture, config.data, out, options.run.name)
-    trained = f"epoch {epoch}" if int(restored.state.step) else "imported weights"
+    step = int(restored.state.step)
+    trained = f"epoch {epoch}" if epoch else f"step {step}" if step else "imported weights"
     print(f"{options.run}, {trained}, {len(split.names)} {name} pictures of {dataset}\n\n{text}")
     print(f"test loss {scores['test_loss']:.4f}, mean IoU {shown(scores['mean_iou'])}; files in {out}")
 

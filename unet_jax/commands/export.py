@@ -1,12 +1,13 @@
-"""Makes one file of a run, for jax alone or ONNX Runtime: `unet-jax export runs/mp_tr_dice --out model`."""
+"""Makes one file of a run, for jax alone, ONNX Runtime, or unet_jax: `unet-jax export runs/mp_tr_dice --out model`."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from unet_jax.config import ExportFormat
 from unet_jax.errors import exit_on_input_error
 
 
@@ -18,8 +19,9 @@ class Options:
     """The run's folder."""
     out: Path
     """Folder for the artifact and model.json, which says how it is used."""
-    format: Literal["jax", "onnx"] = "jax"
-    """jax: StableHLO for any batch and size, which jax calls. onnx: any batch at the training size, by ONNX Runtime."""
+    format: ExportFormat = "jax"
+    """jax: StableHLO for any batch and size, which jax calls. onnx: any batch at the training size, by ONNX Runtime.
+    weights: a small folder that stands for the run in every command of unet_jax, with kernels in bfloat16."""
 
 
 def main(options: Options) -> None:

@@ -1,0 +1,42 @@
+"""A trained network to give away: config.json beside weights.msgpack, which are small and need no training state."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import serialization
+
+from unet_jax.errors import InputError
+from unet_jax.train import TrainState
+
+FILE = "weights.msgpack"
+
+
+def to_bytes(state: TrainState) -> bytes:
+    """An inference state, its kernels rounded to bfloat16: two bytes a parameter; statistics and biases float32."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, variables)
+    return serialization.msgpack_serialize(jax.device_get({"step": state.step, **small}))
+
+
+def read(folder: Path, abstract: TrainState) -> TrainState:
+    """The inference state in a folder, float32 again, for the network that `abstract` is a state of.
+
+    Raises:
+      InputError: the file cannot be read, or is of another network than config.json says.
+    """
+    target: Any = {"step": abstract.step, "params": abstract.params, "batch_stats": abstract.batch_stats}
+    try:
+        content = serialization.msgpack_restore((folder / FILE).read_bytes())
+        arrays = jax.tree.map(_as, content, target)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).split("\n")[0][:150]
+        raise InputError(f"{folder}/{FILE} cannot be used with its config.json ({reason})") from None
+    return TrainState(opt_state=None, **arrays)
+
+
+def _as(array: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    if jnp.shape(array) != like.shape:
+        raise ValueError(f"an array of {jnp.shape(array)} where {like.shape} belongs")
+    return jnp.asarray(array, like.dtype)
