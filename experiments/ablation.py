@@ -1,10 +1,11 @@
-"""What each piece of a recipe brings, on the validation part: a table of settings, each trained with several seeds.
+"""Which recipe scores best on the validation part: a table of settings, each trained with several seeds.
 
-    python experiments/ablation.py --seeds 0 1 --dataset oxford_iiit_pet --image-size 64 --epochs 20
+    python experiments/ablation.py base basic+cosine basic+cosine+ema --seeds 0 1 --dataset oxford_iiit_pet \\
+        --image-size 96 --widths 16 32 64 128 256 --epochs 40 --test-examples 32
 
-`all` has every piece, `base` none, and the other rows lack one, or have another for it, or the two named. Flags that
-are not the script's own go to run.py, for every setting alike. Started again it goes on where it was: finished runs are
-left alone. ablation.md has the last epoch's validation mean IoU and its difference to `all` with the same seed.
+A setting is `base`, or pieces joined by +: PIECES below. Flags that are not the script's own go to run.py, for every
+setting alike. Started again it goes on where it was: finished runs are left alone. ablation.md has the last epoch's
+validation mean IoU, its difference to the first setting with the same seed, and the minutes of training.
 """
 
 import argparse
@@ -12,61 +13,76 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from unet_jax.commands.report import spread
-from unet_jax.errors import exit_on_input_error
+from unet_jax.errors import InputError, exit_on_input_error
 
 # name -> flags of run.py
-BASE = "--variant mp_tr_ce --loss cross_entropy+soft_dice --batch-size 32 --validation-fraction 0.2"
+BASE = "--variant mp_tr_ce --loss cross_entropy+soft_dice --batch-size 32 --validation-fraction 0.1"
 PIECES = {
+    "basic": "--augment basic",
     "strong": "--augment strong",
     "cosine": "--schedule cosine --warmup-epochs 1",
     "ema": "--ema 0.998",
     "decay": "--weight-decay 0.01 --clip-norm 1",
+    "lr2": "--learning-rate 2e-3",
+    "batch16": "--batch-size 16",
+    "ce": "--loss cross_entropy",
+    "dice": "--loss soft_dice",
 }
 
 
-def without(name: str, instead: str = "") -> str:
-    """The flags of all pieces but one."""
-    return " ".join([*(flags for other, flags in PIECES.items() if other != name), instead])
+class Trained(NamedTuple):
+    """What a run of a setting came to."""
+
+    mean_iou: float  # on the validation part, of the last epoch
+    minutes: float
 
 
-SETTINGS = {
-    "all": " ".join(PIECES.values()),
-    "base": "",
-    "all-strong": without("strong"),
-    "all-strong+basic": without("strong", "--augment basic"),
-    **{f"all-{name}": without(name) for name in ("cosine", "ema", "decay")},
-    "strong+ema": f"{PIECES['strong']} {PIECES['ema']}",
-}
+def flags(setting: str) -> list[str]:
+    """The flags of run.py that make it; raises InputError for a piece that there is not."""
+    pieces = [] if setting == "base" else setting.split("+")
+    if unknown := [piece for piece in pieces if piece not in PIECES]:
+        raise InputError(f"the setting {setting} has the piece {unknown[0]!r}: choose from base, {', '.join(PIECES)}")
+    return " ".join([BASE, *(PIECES[piece] for piece in pieces)]).split()
 
 
-def table(scores: dict[str, dict[int, float]]) -> str:
-    """Markdown, a row a setting: mean over the seeds (lowest to highest), of the score and of its gain on `all`."""
-    lines = ["| setting | seeds | validation mean IoU | difference to all |", "|---|---|---|---|"]
-    for name, by_seed in scores.items():
-        gains = [score - scores["all"][seed] for seed, score in by_seed.items()]
-        lines.append(f"| {name} | {len(by_seed)} | {spread(by_seed.values())} | {spread(gains, '+.4f')} |")
+def read(folder: Path) -> Trained:
+    """The result of a finished run."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return Trained(records[-1]["validation_mean_iou"], sum(record["seconds"] for record in records) / 60)
+
+
+def table(results: dict[str, dict[int, Trained]]) -> str:
+    """Markdown, a row a setting: means over the seeds (lowest to highest)."""
+    first = next(iter(results.values()))
+    lines = ["| setting | seeds | validation mean IoU | difference to the first | minutes |", "|---|---|---|---|---|"]
+    for setting, by_seed in results.items():
+        scores = spread(run.mean_iou for run in by_seed.values())
+        gains = spread((run.mean_iou - first[seed].mean_iou for seed, run in by_seed.items()), "+.4f")
+        minutes = spread((run.minutes for run in by_seed.values()), ".1f")
+        lines.append(f"| {setting} | {len(by_seed)} | {scores} | {gains} | {minutes} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("settings", nargs="+", help=f"base, or of these joined by +: {', '.join(PIECES)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="all is always among them")
     own, others = parser.parse_known_args()
-    scores: dict[str, dict[int, float]] = {}
+    recipes = {setting: flags(setting) for setting in own.settings}
+    results: dict[str, dict[int, Trained]] = {}
     for seed in own.seeds:
-        for name in dict.fromkeys(["all", *own.only]):
-            folder = own.out / f"{name}-{seed}"
-            flags = [*BASE.split(), *SETTINGS[name].split(), "--seed", str(seed), "--workdir", str(folder), *others]
-            if status := subprocess.run([sys.executable, Path(__file__).with_name("run.py"), *flags]).returncode:
+        for setting, recipe in recipes.items():
+            folder = own.out / f"{setting}-{seed}"
+            run = [*recipe, "--seed", str(seed), "--workdir", str(folder), *others]
+            if status := subprocess.run([sys.executable, Path(__file__).with_name("run.py"), *run]).returncode:
                 sys.exit(status)
-            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-            scores.setdefault(name, {})[seed] = last["validation_mean_iou"]
-            (own.out / "ablation.md").write_text(table(scores))
-    print(table(scores))
+            results.setdefault(setting, {})[seed] = read(folder)
+            (own.out / "ablation.md").write_text(table(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -84,20 +84,23 @@ def test_a_run_without_a_finished_epoch_is_refused_as_such(tmp_path):
 
 
 def test_ablation_settings_are_flags_of_run_py():
-    configs = {
-        name: parse([*ablation.BASE.split(), *flags.split(), "--dataset", "synthetic"])[0].config
-        for name, flags in ablation.SETTINGS.items()
-    }
-    assert all(config.data.validation_fraction == 0.2 for config in configs.values())
-    assert len(set(configs.values())) == len(ablation.SETTINGS)
-    everything = configs["all"]
-    assert (everything.train.schedule, everything.train.augment, everything.train.ema) == ("cosine", "strong", 0.998)
-    assert configs["all-strong"] == replace(everything, train=replace(everything.train, augment="none"))
+    def config(setting):
+        return parse([*ablation.flags(setting), "--dataset", "synthetic"])[0].config
+
+    configs = {piece: config(piece) for piece in ("base", *ablation.PIECES)}
+    assert all(config.data.validation_fraction == 0.1 for config in configs.values())
+    assert len(set(configs.values())) == 1 + len(ablation.PIECES)
+    both = config("strong+cosine").train
+    assert both == replace(configs["strong"].train, schedule="cosine", warmup_epochs=1)
+    with pytest.raises(InputError, match="has the piece 'cosin': choose from base, basic, "):
+        ablation.flags("basic+cosin")
 
 
 def test_ablation_table_pairs_seeds():
-    text = ablation.table({"all": {0: 0.5, 1: 0.6}, "all-ema": {0: 0.45, 1: 0.58}})
-    assert text.splitlines()[2:] == [
-        "| all | 2 | 0.5500 (0.5000 to 0.6000) | +0.0000 (+0.0000 to +0.0000) |",
-        "| all-ema | 2 | 0.5150 (0.4500 to 0.5800) | -0.0350 (-0.0500 to -0.0200) |",
+    scores = {"base": (0.5, 0.6), "ema": (0.45, 0.58)}
+    results = {name: {seed: ablation.Trained(s, 2 + seed) for seed, s in enumerate(v)} for name, v in scores.items()}
+    minutes = "2.5 (2.0 to 3.0)"
+    assert ablation.table(results).splitlines()[2:] == [
+        f"| base | 2 | 0.5500 (0.5000 to 0.6000) | +0.0000 (+0.0000 to +0.0000) | {minutes} |",
+        f"| ema | 2 | 0.5150 (0.4500 to 0.5800) | -0.0350 (-0.0500 to -0.0200) | {minutes} |",
     ]
