@@ -12,7 +12,7 @@ from test_run import execute, records
 
 from unet_jax.checks import check_config
 from unet_jax.config import DataConfig, RunConfig, TrainConfig, default_config
-from unet_jax.data.folder import complete, sources
+from unet_jax.data.folder import fill_in, sources
 from unet_jax.errors import InputError
 from unet_jax.losses import cross_entropy, make_loss
 
@@ -43,7 +43,7 @@ def config(folder: Path, names: tuple[str, ...] = (), fraction: float = 0.2, **f
 
 def load(folder: Path, names: tuple[str, ...] = (), fraction: float = 0.2, seed: int = 0, **fields):
     """The class names, and all examples by their name, of what a run is trained on."""
-    found = sources(complete(config(folder, names, fraction, **fields), seed), seed)
+    found = sources(fill_in(config(folder, names, fraction, **fields), seed), seed)
     examples = [source.read(i) for source in found.values() for i in range(source.size)]
     for example in examples:
         assert (example.image.dtype, example.labels.dtype) == (np.uint8, np.uint8)

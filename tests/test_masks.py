@@ -11,7 +11,7 @@ from PIL import Image
 from test_folder import COLOURS, ROTATED, as_palette, config, labels, load, save
 
 from unet_jax.config import IGNORE_LABEL
-from unet_jax.data.folder import complete, sources
+from unet_jax.data.folder import fill_in, sources
 from unet_jax.data.pictures import read_picture
 from unet_jax.errors import InputError
 
@@ -83,7 +83,7 @@ def test_a_run_keeps_to_what_255_meant(tmp_path):
         save(tmp_path / "void", stem, void)
         save(tmp_path / "binary", stem, SQUARE * 255)
         save(tmp_path / "indices", stem, SQUARE)
-    meant = {name: complete(config(tmp_path / name), 0) for name in ("void", "binary", "indices")}
+    meant = {name: fill_in(config(tmp_path / name), 0) for name in ("void", "binary", "indices")}
     assert {name: data.mask_255 for name, data in meant.items()} == {
         "void": "ignored",
         "binary": "class",
@@ -128,12 +128,12 @@ def test_palettes_are_compared_among_the_indices_that_occur(tmp_path):
 def test_palettes_give_the_colours_unless_they_are_greys(tmp_path):
     save(tmp_path, "a", as_palette(SQUARE, COLOURS))
     save(tmp_path, "b", as_palette(1 - SQUARE, COLOURS))
-    assert complete(config(tmp_path), 0).class_colours == ("#0a141e", "#c80000")
-    assert complete(config(tmp_path, class_colours=("#000000", "#ffffff")), 0).class_colours[1] == "#ffffff"
-    assert complete(config(tmp_path, ("x", "y", "never")), 0).class_colours == ()
+    assert fill_in(config(tmp_path), 0).class_colours == ("#0a141e", "#c80000")
+    assert fill_in(config(tmp_path, class_colours=("#000000", "#ffffff")), 0).class_colours[1] == "#ffffff"
+    assert fill_in(config(tmp_path, ("x", "y", "never")), 0).class_colours == ()
     for stem in "ab":
         save(tmp_path, stem, as_palette(SQUARE, np.arange(256, dtype=np.uint8).repeat(3)))
-    assert complete(config(tmp_path), 0).class_colours == ()
+    assert fill_in(config(tmp_path), 0).class_colours == ()
 
 
 def test_greys_of_a_gif_are_values(tmp_path):
@@ -192,7 +192,7 @@ def test_16_bits_are_scaled_by_what_all_pictures_use(tmp_path, capsys):
     values = np.linspace(0, 4000, 20 * 24).astype(np.uint16).reshape(20, 24)
     for stem, picture in {"a": values, "b": values // 4, "c": values // 2}.items():
         save(tmp_path, stem, SQUARE, picture)
-    data = complete(config(tmp_path), 0)
+    data = fill_in(config(tmp_path), 0)
     assert data.white == 4095
     assert "its 16-bit pictures use values up to 4000: 4095 is taken as white (--white)" in capsys.readouterr().out
     examples = load(tmp_path)[1]
@@ -206,7 +206,7 @@ def test_16_bits_are_scaled_by_what_all_pictures_use(tmp_path, capsys):
 def test_white_is_of_the_usual_depths(tmp_path, brightest, white):
     for stem in "ab":
         save(tmp_path, stem, SQUARE, SQUARE.astype(np.uint16) * brightest)
-    assert complete(config(tmp_path), 0).white == white
+    assert fill_in(config(tmp_path), 0).white == white
 
 
 def deep_png(values: np.ndarray) -> bytes:

@@ -15,7 +15,7 @@ from unet_jax import device, runs
 from unet_jax.commands import evaluate as evaluate_command
 from unet_jax.commands import train as train_command
 from unet_jax.data.batches import validation_rows
-from unet_jax.data.folder import complete, sources
+from unet_jax.data.folder import fill_in, sources
 from unet_jax.errors import InputError
 
 
@@ -33,20 +33,20 @@ def write_lists(folder: Path, **lists: str) -> None:
 
 
 def split_of(folder: Path, **fields) -> dict[str, list[str]]:
-    found = sources(complete(config(folder, **fields), 0), 0)
+    found = sources(fill_in(config(folder, **fields), 0), 0)
     return {"train": list(found["train"].names), "test": list(found["test"].names), "val": [*found["train"].validation]}
 
 
 def refusal(folder: Path, **fields) -> str:
     with pytest.raises(InputError) as error:
-        complete(config(folder, **fields), 0)
+        fill_in(config(folder, **fields), 0)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_val_txt_is_the_validation_part(tmp_path):
     write_lists(fill(tmp_path), train="p0 p1 p2 p3", val="p4 p5", test="p6")
-    data = complete(config(tmp_path), 0)
+    data = fill_in(config(tmp_path), 0)
     assert data.validation_fraction == 2 / 6
     train = sources(data, 0)["train"]
     assert (train.names, train.validation) == (["p0", "p4", "p1", "p2", "p5", "p3"], {"p4", "p5"})

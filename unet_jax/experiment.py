@@ -17,7 +17,7 @@ from unet_jax.checks import check_config, check_patience
 from unet_jax.config import RunConfig, to_dict
 from unet_jax.data.batches import Loader, Parts, validation_rows
 from unet_jax.data.cache import Split
-from unet_jax.data.datasets import complete, load_splits, resolve
+from unet_jax.data.datasets import fill_in, load_splits, resolve
 from unet_jax.device import Placement
 from unet_jax.errors import InputError, names_for_flags
 from unet_jax.folders import default_cache_dir
@@ -68,7 +68,7 @@ def run(
     dataset, notice = resolve(config.data.dataset, config.data.data_dir, download)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset))
     check_config(config)
-    config = complete(config)
+    config = fill_in(config)
     check_config(config)  # again, with the classes of a folder
     if notice:
         print(notice, file=sys.stderr)

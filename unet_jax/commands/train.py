@@ -82,9 +82,9 @@ def parse(argv: Sequence[str], prog: str | None = None) -> list[Options]:
         check_config(config)
         if not options.distributed and (options.coordinator or options.processes or options.process_id):
             raise InputError("--coordinator, --processes and --process-id go with --distributed")
-        from unet_jax.data.datasets import choose_batch_size, complete
+        from unet_jax.data.datasets import choose_batch_size, fill_in
 
-        config = complete(config)
+        config = fill_in(config)
         config = config if chosen.batch_size else choose_batch_size(config)
         check_config(config)  # again, with the classes of a folder
         folder = Path(options.workdir or ("runs" if chosen.variant == "all" else f"runs/{name}"))

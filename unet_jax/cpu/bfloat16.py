@@ -21,7 +21,7 @@ HALF = jnp.dtype(jnp.bfloat16)
 Parts = tuple[Part, ...]
 
 
-def suits(x: Array | Lazy, dtype: DTypeLike) -> bool:
+def handles(x: Array | Lazy, dtype: DTypeLike) -> bool:
     """Whether the C++ computes it in dtype: that and x are bfloat16, what scales it float32, sizes known and not 0."""
     opened_parts = [opened(part) for part in parts_of(x)]
     return (

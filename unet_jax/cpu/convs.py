@@ -21,7 +21,7 @@ NONE = np.zeros(0, np.float32)  # stands for a gain, a shift or a bias that is n
 Part = Array | Scaled
 
 
-def suits(x: Array | Lazy, kernel: Array, strides: int = 1) -> bool:
+def handles(x: Array | Lazy, kernel: Array, strides: int = 1) -> bool:
     """Whether the C++ computes it: all float32, features by 16, sizes known and not 0, and even for a stride of 2."""
     parts = parts_of(x)
     arrays = [array for part in parts for array in opened(part)] + [kernel]

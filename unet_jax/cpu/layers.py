@@ -22,29 +22,29 @@ __all__ = ["BatchNorm", "Conv", "Dropout", "TransposedConv", "join", "max_pool",
 
 
 class Conv(layers.Conv):
-    """`layers.Conv`, in C++ where `bfloat16.suits`, and for 3x3 kernels where `convs.suits`."""
+    """`layers.Conv`, in C++ where `bfloat16.handles`, and for 3x3 kernels where `convs.handles`."""
 
     def convolve(self, x: Array | Lazy, kernel: Array, bias: Array) -> Array:
         """The convolution itself."""
         x = x if isinstance(x, Lazy) else x.astype(self.dtype)
-        if bfloat16.suits(x, self.dtype):
+        if bfloat16.handles(x, self.dtype):
             return bfloat16.conv(x, kernel, bias, self.strides)
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
-        if self.kernel_size == 3 and convs.suits(x, kernel, self.strides):
+        if self.kernel_size == 3 and convs.handles(x, kernel, self.strides):
             return (convs.same_conv if self.strides == 1 else convs.halving_conv)(x, kernel, bias)
         return add_bias(layers.convolution(as_array(x).astype(self.dtype), kernel, self.strides), bias)
 
 
 class TransposedConv(layers.TransposedConv):
-    """`layers.TransposedConv`, in C++ where `bfloat16.suits` or `convs.suits`."""
+    """`layers.TransposedConv`, in C++ where `bfloat16.handles` or `convs.handles`."""
 
     def convolve(self, x: Array | Lazy, kernel: Array, bias: Array) -> Array:
         """The transposed convolution itself."""
         x = x if isinstance(x, Lazy) else x.astype(self.dtype)
-        if bfloat16.suits(x, self.dtype):
+        if bfloat16.handles(x, self.dtype):
             return bfloat16.transposed_conv(x, kernel, bias)
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
-        if convs.suits(x, kernel):
+        if convs.handles(x, kernel):
             return convs.transposed_conv(x, kernel, bias)
         plain = super().convolve
 

@@ -41,7 +41,7 @@ def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple
     return "synthetic", f"{missing}.\nTraining on SYNTHETIC PETS instead: the scores say nothing about real pictures."
 
 
-def complete(config: RunConfig) -> RunConfig:
+def fill_in(config: RunConfig) -> RunConfig:
     """A resolved config with what it leaves to a folder: the class names.
 
     Raises:
@@ -49,7 +49,7 @@ def complete(config: RunConfig) -> RunConfig:
     """
     if config.data.dataset != "folder":
         return config
-    return dataclasses.replace(config, data=folder.complete(config.data, config.train.seed))
+    return dataclasses.replace(config, data=folder.fill_in(config.data, config.train.seed))
 
 
 def choose_batch_size(config: RunConfig) -> RunConfig:

@@ -54,7 +54,7 @@ class Folder(NamedTuple):
     colours: tuple[str, ...]
 
 
-def complete(data: DataConfig, seed: int) -> DataConfig:
+def fill_in(data: DataConfig, seed: int) -> DataConfig:
     """The config of a run to be trained, with what it leaves to the folder: class names, and how its files are read.
 
     Raises:
@@ -80,7 +80,7 @@ def sources(data: DataConfig, seed: int) -> dict[str, Source]:
     `read(i)` gives the RGB image uint8 [H, W, 3] and labels uint8 [H, W].
 
     Raises:
-      InputError: as `complete` does, but for what no training can be done with.
+      InputError: as `fill_in` does, but for what no training can be done with.
     """
     splits, table, reading, white, _ = _checked(data, seed, to_train=False)
     data_dir = Path(data.data_dir or ".")
