@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import json
 import random
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 from unet_jax import checkpoint, device, predict, runs, train
+from unet_jax.commands import evaluate
 from unet_jax.commands import predict as script
 from unet_jax.config import DataConfig, ModelConfig, default_config, to_dict
-from unet_jax.data import pictures
+from unet_jax.data import pictures, synthetic
 from unet_jax.data.pictures import read_picture
 from unet_jax.errors import InputError
 from unet_jax.plots import palette
@@ -186,6 +188,18 @@ def test_tta_is_the_mean_over_the_picture_and_its_mirror_image(predictor):
     views = [predictor(view, probabilities=True) for view in (image, image[:, ::-1])]
     expected = (views[0] + views[1][:, ::-1]) / 2
     np.testing.assert_allclose(predictor(image, tta="horizontal", probabilities=True), expected, atol=1e-6)
+
+
+def test_evaluate_averages_as_predict_does(run, predictor, tmp_path):
+    evaluate.command([str(run), "--tta", "--examples", "8", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result["tta"] == "horizontal"
+    examples = [*map(synthetic.source("test", 8, SIZE).read, range(8))]
+    probabilities = np.stack(predictor([e.image for e in examples], tta="horizontal", probabilities=True))
+    labels = np.stack([e.labels for e in examples])
+    assert result["pixel_accuracy"] == pytest.approx(np.mean(probabilities.argmax(-1) == labels), abs=1e-4)
+    of_labels = np.take_along_axis(probabilities, labels[..., None].astype(int), -1)
+    assert result["test_cross_entropy"] == pytest.approx(-np.log(of_labels).mean(), rel=1e-4)
 
 
 def test_a_bare_tta_flag_is_horizontal():

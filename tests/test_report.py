@@ -61,7 +61,7 @@ def test_a_run_with_validation_counts_by_its_summary(tmp_path):
     names = {"epoch", "train_loss", "seconds", "images_per_second"}
     held_out = {k if k in names else f"validation_{k.removeprefix('test_')}": v for k, v in record.items()}
     (folder / "metrics.jsonl").write_text(json.dumps(held_out))
-    with pytest.raises(InputError, match="cannot be read as a finished run"):
+    with pytest.raises(InputError, match=r"run is no finished run: it has no summary\.json$"):
         report.read_run(folder)
     (folder / "summary.json").write_text(json.dumps({"test": {**record, "test_loss": 0.25}}))
     report.write_comparison([folder], name="report")

@@ -124,9 +124,10 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
 @contextmanager
 def _reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a folder, to be read alone; orbax's warnings that they are not to be written are left out."""
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with quiet("absl"), ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
-        yield checkpoints
+    with quiet("absl"):
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
+            yield checkpoints
 
 
 def _fields(state: TrainState) -> dict[str, Any]:

@@ -25,6 +25,7 @@ Schedule = Literal["constant", "cosine"]
 DatasetName = Literal["auto", "oxford_iiit_pet", "synthetic", "folder"]
 ExportFormat = Literal["jax", "onnx", "weights"]
 Meaning = Literal["class", "ignored"]
+Tta = Literal["none", "horizontal", "all"]
 ImageSize = int | tuple[int, int]  # the side of a square, or height and width
 
 

@@ -7,24 +7,22 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from PIL import Image
 
 from unet_jax import device, runs
 from unet_jax.checkpoint import Restored
-from unet_jax.config import RunConfig, sides
+from unet_jax.config import RunConfig, Tta, sides
 from unet_jax.data.cache import resize
 from unet_jax.data.source import Example
 from unet_jax.errors import InputError
 from unet_jax.model import UNet
-from unet_jax.train import TrainState, infer, inference_state, make_model
+from unet_jax.train import TrainState, Views, infer, inference_state, make_model
 
 Mode = Literal["resize", "tile", "native"]
-Tta = Literal["none", "horizontal", "all"]
-# The axes of pictures [N, H, W, C] that each view flips. Upside down most networks have seen nothing.
-FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
+# Upside down most networks have seen nothing.
+FLIPS: dict[str, Views] = {
     "none": ((),),
     "horizontal": ((), (2,)),
     "all": ((), (1,), (2,), (1, 2)),
@@ -33,9 +31,9 @@ Images = np.ndarray | Sequence[np.ndarray]
 UNIT = 128  # tile mode pads sides to multiples of it: pictures of many sizes make few shapes to compile
 
 
-def probabilities_step(state: TrainState, images: Array, *, model: UNet) -> Array:
+def probabilities_step(state: TrainState, images: Array, views: Views = ((),), *, model: UNet) -> Array:
     """Class probabilities float32 [N, H, W, num_classes] of pictures uint8 [N, H, W, 3]."""
-    return jax.nn.softmax(infer(state, images, model))
+    return jax.nn.softmax(infer(state, images, model, views))
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Predictor:
     restored: Restored = field(repr=False)  # a notebook would print all weights
     placement: device.Placement
     tile_size: int
-    forward: Callable[[TrainState, Any], Array] = field(repr=False)
+    forward: Callable[[TrainState, Any, Views], Array] = field(repr=False)
 
     def __call__(self, images: Images, mode: Mode = "resize", tta: Tta = "none", probabilities: bool = False) -> Any:
         """Labels uint8 [H, W], or with `probabilities` float32 [H, W, num_classes], of a picture; a list of a list.
@@ -110,8 +108,7 @@ class Predictor:
         while filled < len(images):  # to a power of two for each device: few shapes to compile
             filled *= 2
         count, images = len(images), np.pad(images, ((0, filled - len(images)), (0, 0), (0, 0), (0, 0)))
-        views = (jnp.flip(self.forward(self.restored.state, np.flip(images, axes)), axes) for axes in FLIPS[tta])
-        return np.asarray(sum(views) / len(FLIPS[tta]))[:count]
+        return np.asarray(self.forward(self.restored.state, images, FLIPS[tta]))[:count]
 
     def tiled(self, image: np.ndarray, tta: Tta = "none") -> Iterator[np.ndarray]:
         """Probabilities at the picture's own resolution, in bands [h, W, num_classes] from the top.
@@ -155,6 +152,7 @@ def load(run: str | Path, tile_size: int | None = None) -> Predictor:
     step = partial(probabilities_step, model=make_model(config.model, len(config.data.class_names), placement))
     forward = jax.jit(
         step,
+        static_argnums=2,
         in_shardings=(placement.replicated, placement.batch),
         out_shardings=placement.batch,
         compiler_options=device.compiler_options(placement.platform),

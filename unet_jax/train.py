@@ -20,6 +20,8 @@ from unet_jax.losses import Loss, make_loss
 from unet_jax.metrics import PictureSums, picture_sums
 from unet_jax.model import UNet
 
+Views = tuple[tuple[int, ...], ...]  # the axes of pictures [N, H, W, C] that each view flips
+
 
 class TrainState(NamedTuple):
     """All that training changes: arrays only. step is an int32 scalar, the steps taken so far.
@@ -165,21 +167,34 @@ def inference_state(state: TrainState) -> TrainState:
     return TrainState(state.step, opt_state=None, **variables(state))
 
 
-def infer(state: TrainState, images: ArrayLike, model: UNet) -> Array:
-    """Logits [N, H, W, num_classes] of pictures uint8 [N, H, W, C]: running statistics, no dropout."""
-    logits: Any = model.apply(variables(state), prepare(images, model.dtype))
-    return logits
+def infer(state: TrainState, images: ArrayLike, model: UNet, views: Views = ((),)) -> Array:
+    """Logits [N, H, W, num_classes] of pictures uint8 [N, H, W, C]: running statistics, no dropout.
+
+    Of several views, each flipped along its axes of the pictures, the logarithm of their mean probabilities.
+    """
+
+    def of_view(axes: tuple[int, ...]) -> Array:
+        seen = jnp.flip(images, axes) if axes else images
+        logits: Any = model.apply(variables(state), prepare(seen, model.dtype))
+        return jnp.flip(logits, axes) if axes else logits
+
+    answers = [of_view(axes) for axes in views]
+    if len(views) == 1:
+        return answers[0]
+    return jax.nn.logsumexp(jnp.stack([jax.nn.log_softmax(a) for a in answers]), 0) - np.log(len(views))
 
 
-def eval_step(state: TrainState, batch: Batch, *, model: UNet, loss_fn: Loss) -> tuple[Array, PictureSums]:
+def eval_step(
+    state: TrainState, batch: Batch, *, model: UNet, loss_fn: Loss, views: Views = ((),)
+) -> tuple[Array, PictureSums]:
     """The batch's loss (a scalar) and its pictures' sums, with running statistics and no dropout."""
-    logits = infer(state, batch.images, model)
+    logits = infer(state, batch.images, model, views)
     return loss_fn(logits, batch.labels, batch.weights), picture_sums(logits, batch.labels, batch.weights)
 
 
-def predict_step(state: TrainState, images: ArrayLike, *, model: UNet) -> Array:
+def predict_step(state: TrainState, images: ArrayLike, *, model: UNet, views: Views = ((),)) -> Array:
     """Predicted labels uint8 [N, H, W] of pictures uint8 [N, H, W, C]."""
-    return infer(state, images, model).argmax(-1).astype(jnp.uint8)
+    return infer(state, images, model, views).argmax(-1).astype(jnp.uint8)
 
 
 class Steps(NamedTuple):
@@ -197,10 +212,12 @@ def make_steps(
     steps_per_epoch: int,
     deterministic: bool = False,
     model: UNet | None = None,
+    views: Views = ((),),
 ) -> Steps:
     """Jits the steps of a run: state replicated, batch split over the devices, loss and statistics over all of it.
 
     `steps_per_epoch` is len(train), which schedules and warm-up count by. `model` is by default that of `make_model`.
+    `views` are those of `infer`, for evaluate and predict.
     """
     model = model or make_model(config.model, len(config.data.class_names), placement)
     optimizer = make_optimizer(config.train, steps_per_epoch)
@@ -219,6 +236,6 @@ def make_steps(
     return Steps(
         jit(step, in_shardings=(whole, split), donate_argnums=0),
         jit(partial(statistics_step, model=model), in_shardings=(whole, split, whole), donate_argnums=0),
-        jit(partial(eval_step, model=model, loss_fn=loss_fn), in_shardings=(whole, split)),
-        jit(partial(predict_step, model=model), in_shardings=(whole, whole)),
+        jit(partial(eval_step, model=model, loss_fn=loss_fn, views=views), in_shardings=(whole, split)),
+        jit(partial(predict_step, model=model, views=views), in_shardings=(whole, whole)),
     )

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from unet_jax.config import DatasetName
+from unet_jax.commands.files import with_tta_named
+from unet_jax.config import DatasetName, Tta
 from unet_jax.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class Options:
     test; or all of another folder."""
     examples: int | None = None
     """The first N pictures. Default: as many as the run took."""
+    tta: Tta = "none"
+    """Average the probabilities over a picture and its mirror image (horizontal, which a bare --tta means), or over all
+    four flips."""
     out: Path | None = None
     """Folder for the results. Default: RUN/evaluation-SPLIT."""
 
@@ -112,6 +116,7 @@ def evaluate_run(options: Options) -> None:
     from unet_jax.folders import default_cache_dir
     from unet_jax.loop import evaluate
     from unet_jax.metrics import scores_csv, shown
+    from unet_jax.predict import FLIPS
     from unet_jax.train import make_steps
 
     if options.examples is not None and options.examples < 1:
@@ -124,13 +129,13 @@ def evaluate_run(options: Options) -> None:
     batch_size = -(-config.train.batch_size // placement.devices) * placement.devices
     dataset, name, split = pick(options, config)
     classes = config.data.class_names
-    steps = make_steps(config, placement, steps_per_epoch=1)  # which do not train
+    steps = make_steps(config, placement, steps_per_epoch=1, views=FLIPS[options.tta])  # which do not train
     loader = Loader(split, batch_size, placement)
     scores, sums = evaluate(steps.evaluate, restored.state, loader, classes)
     out = options.out or options.run / f"evaluation-{name}"
     out.mkdir(parents=True, exist_ok=True)
     epoch = len(restored.progress.records)
-    about = {"dataset": dataset, "split": name, "pictures": len(split.names), "epoch": epoch}
+    about = {"dataset": dataset, "split": name, "pictures": len(split.names), "epoch": epoch, "tta": options.tta}
     by_picture = np.asarray(sums.confusion)
     confusion = by_picture.sum(0, np.int64)
     runs.write_json(out / "evaluation.json", {**about, **scores, "confusion": confusion.tolist()})
@@ -185,4 +190,5 @@ def draw_extremes(
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Runs it with these arguments, by default the process's."""
     with exit_on_input_error():
-        evaluate_run(tyro.cli(Options, args=argv, prog=prog, description=__doc__))
+        args = with_tta_named(sys.argv[1:] if argv is None else argv)
+        evaluate_run(tyro.cli(Options, args=args, prog=prog, description=__doc__))

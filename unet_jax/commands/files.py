@@ -8,9 +8,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 from PIL import Image
 
+from unet_jax.config import Tta
 from unet_jax.data.pictures import FORMATS, kinds
 from unet_jax.errors import InputError
 
@@ -71,6 +73,14 @@ def prepare_folder(out: Path, names: Sequence[str], pictures: Sequence[Path]) ->
     ours = {(out / f"{name}_{kind}.png").resolve() for name in names for kind in ("mask", "overlay")}
     if clash := ours & {path.resolve() for path in pictures}:
         raise InputError(f"{min(clash)} would be overwritten: choose an --out that does not hold the pictures")
+
+
+def with_tta_named(argv: Sequence[str]) -> list[str]:
+    """The command line, in which a bare --tta has its default."""
+    named = []
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        named += [word, "horizontal"] if word == "--tta" and following not in get_args(Tta) else [word]
+    return named
 
 
 def groups(pictures: Sequence[Path], names: Sequence[str], most: int) -> Iterator[list[tuple[Path, str]]]:

@@ -16,7 +16,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from unet_jax.commands.files import find, groups, name_outputs, prepare_folder
+from unet_jax.commands.files import find, groups, name_outputs, prepare_folder, with_tta_named
+from unet_jax.config import Tta
 from unet_jax.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Options:
     show more than those of training did. native: the same at the picture's own resolution."""
     tile_size: int | None = None
     """Side of the windows; smaller ones take less memory and more time. Default: what suits the network."""
-    tta: Literal["none", "horizontal", "all"] = "none"
+    tta: Tta = "none"
     """Average the probabilities over a picture and its mirror image (horizontal, which a bare --tta means), twice the
     work, or over all four flips, four times, for what has no up and down."""
     white: int | None = None
@@ -132,14 +133,6 @@ def segment_all(
                 ],
             )
     return bad, seconds
-
-
-def with_tta_named(argv: Sequence[str]) -> list[str]:
-    """The command line, in which a bare --tta has its default."""
-    named = []
-    for word, following in itertools.zip_longest(argv, argv[1:]):
-        named += [word, "horizontal"] if word == "--tta" and following not in ("none", "horizontal", "all") else [word]
-    return named
 
 
 def scale_line(scale: tuple[float, float] | None) -> str:

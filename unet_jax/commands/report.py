@@ -43,6 +43,8 @@ def read_run(folder: Path) -> Run:
         if "validation_loss" in scores:
             summary = json.loads((folder / "summary.json").read_text())
             scores = summary.get("test", records[best_epoch(records)])
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is no finished run: it has no {Path(error.filename).name}") from None
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} cannot be read as a finished run ({error})") from None
     if not records:
