@@ -4,8 +4,8 @@
         --image-size 96 --widths 16 32 64 128 256 --epochs 40 --test-examples 32
 
 A setting is `base`, or pieces joined by +: PIECES below. Flags that are not the script's own go to run.py, for every
-setting alike. Started again it goes on where it was: finished runs are left alone. ablation.md has the last epoch's
-validation mean IoU, its difference to the first setting with the same seed, and the minutes of training.
+setting alike. Started again, it resumes where it was: finished runs are left alone. ablation.md has the last epoch's
+validation mean IoU, its difference from the first setting with the same seed, and the minutes of training.
 """
 
 import argparse
@@ -34,14 +34,14 @@ PIECES = {
 
 
 class Trained(NamedTuple):
-    """What a run of a setting came to."""
+    """The result of a run of a setting."""
 
     mean_iou: float  # on the validation part, of the last epoch
     minutes: float
 
 
 def flags(setting: str) -> list[str]:
-    """The flags of run.py that make it; raises InputError for a piece that there is not."""
+    """The flags of run.py for a setting; raises InputError for an unknown piece."""
     pieces = [] if setting == "base" else setting.split("+")
     if unknown := [piece for piece in pieces if piece not in PIECES]:
         raise InputError(f"the setting {setting} has the piece {unknown[0]!r}: choose from base, {', '.join(PIECES)}")

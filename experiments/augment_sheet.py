@@ -14,7 +14,7 @@ from unet_jax.plots import colour_labels
 
 
 def main(strength: Augment = "strong", image_size: int = 128, seed: int = 0, out: Path = Path("augment.png")) -> None:
-    """A row for each of six pets: as it is, and changed in four ways; what is ignored is black in the mask."""
+    """A row for each of six pets: unchanged, and changed in four ways. Ignored pixels are black in the mask."""
     pets = [synthetic.source("train", 6, image_size, seed).read(i) for i in range(6)]
     images, labels = np.stack([p.image for p in pets]), np.stack([p.labels for p in pets])
     versions = [(images, labels), *(augment(jax.random.key(i), images, labels, strength) for i in range(4))]

@@ -1,14 +1,14 @@
 """Times our steps against PyTorch's on this device: `pip install -e '.[bench]' && python experiments/benchmark.py`.
 
-Every contender of a cell (variant, train step or inference, picture size, batch) has a process of its own, and they run
-in turn, so that a drift of the machine's speed hits all alike; read the ratios, not the seconds. A step is one on a
-constant batch that lies on the device: training is forward, loss, gradient and Adam; inference is pictures to logits.
-"ours" computes in what a new run's `--precision auto` would.
-PyTorch runs channels_last, on a GPU with bfloat16 autocast: eager as it is, on the CPU also with the settings of malloc
-that ours has ("kept", `cpu.memory.keep_freed_memory`), and through torch.compile with them (inference; on a GPU
-training too). Where the CPU has instructions for bfloat16, PyTorch's autocast to it is a contender too. "linen" is our
-step with linen's own layers in place of ours. Peak memory is the device's on a GPU, else the process's, compilation
-included.
+Every contender of a cell (variant, train step or inference, picture size, batch) has a process of its own. They run in
+turn, so that a drift of the machine's speed affects all alike: read the ratios, not the seconds. A step uses a constant
+batch that is on the device. Training is forward, loss, gradient and Adam; inference is pictures to logits. Peak memory
+is the device's on a GPU, else the process's, compilation included.
+
+"ours" has the precision that `--precision auto` gives a new run. "linen" is our step with linen's own layers. PyTorch
+runs channels_last, on a GPU with bfloat16 autocast. "eager" is PyTorch as it is. "eager, kept" (on the CPU) and
+"compile, kept" (torch.compile; inference, on a GPU training too) have our malloc settings
+(`cpu.memory.keep_freed_memory`). If the CPU has instructions for bfloat16, PyTorch's autocast to it is a contender too.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ from unet_jax.cpu.memory import keep_freed_memory
 from unet_jax.data.batches import Batch
 from unet_jax.errors import InputError, exit_on_input_error
 
-ON_GPU = torch.cuda.is_available()  # asking JAX would start its backend, before contend has set what it starts with
-CPU_FLAGS = {"amx_bf16", "avx512_bf16", "avx512f", "avx2"}  # of /proc/cpuinfo: those that decide
+ON_GPU = torch.cuda.is_available()  # asking JAX would start its backend before contend has set its options
+CPU_FLAGS = {"amx_bf16", "avx512_bf16", "avx512f", "avx2"}  # those in /proc/cpuinfo that matter here
 Work = Literal["train", "inference"]
 
 
@@ -59,13 +59,13 @@ class Options:
     """Timed runs of each contender, after one that compiles."""
     contenders: tuple[str, ...] = ()
     """Some of: ours; "ours, float32"; linen; eager; "eager, kept"; "compile, kept"; "eager, bfloat16"; "compile,
-    bfloat16". Default: all that this device can be, linen on a GPU alone. torch.compile takes its minute a cell."""
+    bfloat16". Default: all that this device can run, linen only on a GPU. torch.compile takes a minute a cell."""
     out: Path = Path("benchmark")
     """Folder for benchmark.json, benchmark.md and benchmark.png."""
 
 
 def cpu_features() -> list[str]:
-    """Those of CPU_FLAGS that this CPU has, where /proc/cpuinfo tells."""
+    """The CPU_FLAGS that this CPU has, if there is a /proc/cpuinfo."""
     info = Path("/proc/cpuinfo")
     return sorted(CPU_FLAGS & set(info.read_text().split())) if info.exists() else []
 
@@ -123,7 +123,7 @@ LINEN = types.SimpleNamespace(
 
 
 def theirs(variant: str, work: Work, batch: Batch, compiled: bool, half: bool = ON_GPU) -> Callable[[], Any]:
-    """The same of PyTorch, with what its users would turn on."""
+    """The same for PyTorch, with what its users would turn on."""
     row, where = VARIANTS[variant], "cuda" if ON_GPU else "cpu"
     torch.backends.cudnn.benchmark = True
     network: Any = pytorch_reference.UNet(row.downsampling, row.upsampling).to(where, memory_format=torch.channels_last)
@@ -167,7 +167,7 @@ IN_JAX = ("ours", "ours, float32", "linen")
 
 
 def peak_memory(name: str) -> int:
-    """Bytes that this process has taken at most of the device."""
+    """The most bytes of the device that this process has taken at once."""
     if not ON_GPU:  # not getrusage's maximum, which a process inherits from the one that starts it
         status = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
@@ -177,10 +177,10 @@ def peak_memory(name: str) -> int:
 
 
 def contend(connection: Connection, name: str, variant: str, work: Work, size: int, batch: int) -> None:
-    """A contender's process: sends its peak memory after two steps that warm it up, then seconds whenever it is told.
+    """A contender's process: sends its peak memory after two warm-up steps, then the seconds of a step on each request.
 
-    A turn is two steps, the second timed: training repeats its step, and the first one after another contender's pays
-    for caches that it finds taken.
+    A turn is two steps, and the second is timed. The first one finds caches full of another contender's data, which
+    does not happen in training, where steps follow each other.
     """
     if name != "eager":
         keep_freed_memory()
@@ -214,7 +214,7 @@ def measure(names: Sequence[str], repeats: int, *cell: Any) -> tuple[dict[str, l
 
 
 def precision() -> Precision:
-    """What "ours" computes in."""
+    """The precision of "ours"."""
     return device.fastest_precision(device.placement())
 
 
@@ -231,7 +231,7 @@ def matrix_peak() -> float:
 
 
 def contenders(options: Options, work: Work) -> list[str]:
-    """The names of those that are wanted and can be had."""
+    """The names of the contenders that are wanted and can run here."""
     without = set() if ON_GPU or work == "inference" else {"compile, kept", "compile, bfloat16"}
     if ON_GPU:
         without |= {"ours, float32", "eager, kept"}
@@ -257,7 +257,7 @@ def cell(options: Options, variant: str, work: Work, size: int, batch: int) -> d
         network.eval()(torch.zeros(1, 3, size, size))
     flops = counter.get_total_flops() * batch * (3 if work == "train" else 1)
     best = min((n for n in times if n not in IN_JAX), key=lambda n: medians[n])
-    # Turn by turn: both of a turn met the machine at about the same speed.
+    # Turn by turn: within a turn, both met the machine at about the same speed.
     to_best = [a / b for a, b in zip(times["ours"], times[best], strict=True)]
     return {
         "variant": variant, "work": work, "size": size, "batch": batch, "seconds": times, "best_torch": best,
@@ -292,7 +292,7 @@ def table(cells: list[dict[str, Any]], peak: float) -> str:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if (jax.default_backend() == "gpu") != ON_GPU:
-        raise InputError("of JAX and PyTorch only one sees a GPU: install the other's CUDA build, or hide the GPU")
+        raise InputError("only one of JAX and PyTorch sees a GPU: install the other's CUDA build, or hide the GPU")
     options.out.mkdir(parents=True, exist_ok=True)
     processor = {"processor": platform.processor(), "features": cpu_features()}
     environment = {**runs.environment(), "torch": torch.__version__, **processor}

@@ -1,10 +1,10 @@
-"""What a step needs on an H200, from compiling it for one: memory, kernels, all-reduces. It takes no GPU.
+"""What a step needs on an H200, found by compiling it for one: memory, kernels, all-reduces. It needs no GPU.
 
     pip install -e '.[cuda13]' && python experiments/compile_for_gpu.py --image-size 240 --batch-size 64 --devices 1
 
-Traffic is what the kernels read and write: the sizes of all that they take and give, whole even where a kernel reads a
-part of it. No time follows from it but a bound: an H200 moves 4.8 TB/s. What cuDNN chooses by running
-is not chosen here, so its workspaces are not counted.
+Traffic is what the kernels read and write: the full sizes of their inputs and outputs, even if a kernel reads only a
+part. It gives a bound on the time and no more: an H200 moves 4.8 TB/s. cuDNN's choices, which it makes by running, are
+not made here, so its workspaces are not counted.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def size_of(shapes: str) -> float:
 
 
 def kernels_of(hlo: str) -> list[tuple[str, float, float]]:
-    """(operation, bytes given, bytes taken and given) of each kernel of a compiled program."""
+    """(operation, bytes of output, bytes of input and output) of each kernel of a compiled program."""
     types: dict[str, str] = {}
     kernels = []
     for line in hlo[hlo.index("\nENTRY") :].splitlines():

@@ -1,4 +1,4 @@
-"""Makes one file of a run, for jax or ONNX Runtime: `python experiments/export.py runs/mp_tr_dice --out model`."""
+"""Writes a run as one file, for jax or ONNX Runtime: `python experiments/export.py runs/mp_tr_dice --out model`."""
 
 from unet_jax.commands.export import command
 

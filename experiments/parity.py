@@ -2,17 +2,17 @@
 
     python experiments/parity.py --image-size 64 --batch-size 4 --seed 0
 
-Prints a table for the four variants, at full width in float32 and at a quarter of it in float64 too (XLA has no fast
-float64 convolution on the CPU); exit status 1 if a bound is missed. All columns are largest differences:
+Prints two tables of the four variants: at full width in float32, and at a quarter of it in float64 too (XLA has no fast
+float64 convolution on the CPU). Exit status 1 if a bound is missed. All columns are largest differences:
 
 - logits: of the first step's batch, which batch norm normalizes by its own statistics.
-- gradients: of the first step, within a tensor over its largest entry; the worst tensor is named.
-- kinks: of the ReLUs and 2x2 windows, those that JAX's rounding puts on the other side than PyTorch's in float64. One
-  is enough to move a tensor's gradient by per cents, in PyTorch's float32 as in ours. Hence "same side": the gradient
-  in float32 against PyTorch's in float64, made to take JAX's side of every ReLU and window. This one has the bound.
-- losses: of Adam's first 5 (float64: 20) steps at 1e-3 on the one batch. Adam turns gradients into signs at first, and
-  so magnifies rounding; "PyTorch's own" is its float32 against its float64.
-- evaluation: of the logits by running statistics, PyTorch's variables after float64 training carried over to float32.
+- gradients: of the first step, within a tensor, divided by its largest entry; the worst tensor is named.
+- kinks: how many ReLUs and 2x2 windows JAX's rounding puts on the other side than PyTorch's float64 does. One is enough
+  to move a tensor's gradient by some per cent, in PyTorch's float32 as in ours. Hence "same side": the gradient in
+  float32 against PyTorch's in float64, which is made to take JAX's side of every ReLU and window. It has the bound.
+- losses: of Adam's first 5 (float64: 20) steps at 1e-3 on the one batch. At first Adam follows the signs of gradients,
+  which magnifies rounding. "PyTorch's own" is the difference between its float32 and its float64.
+- evaluation: of the logits with running statistics, from PyTorch's variables after float64 training, in float32.
 
 The bounds are for 64x64 or more. At 32x32 the deepest batch norms see 4 values a picture, and float32 alone can move a
 gradient by more than 1e-4, PyTorch's as well as ours.
@@ -77,7 +77,7 @@ def pictures(image_size: int, batch_size: int, seed: int) -> tuple[Tensor, Tenso
 def train_pytorch(
     network: torch.nn.Module, model: UNet, images: Tensor, labels: Tensor, loss: str, steps: int, half: bool = False
 ) -> Run:
-    """Trains `network` in place, if `half` by autocast to bfloat16. `model` is its JAX counterpart."""
+    """Trains `network` in place, with autocast to bfloat16 if `half`. `model` is its JAX counterpart."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     losses, first = [], None
     for _ in range(steps):
@@ -133,9 +133,9 @@ def train_jax(model: UNet, variables: Any, images: np.ndarray, labels: np.ndarra
 
 @contextlib.contextmanager
 def same_side(intermediates: Any, model: UNet) -> Iterator[list[int]]:
-    """Lets PyTorch decide each ReLU and 2x2 window as `intermediates` do; yields a list of how many that changes."""
+    """Makes PyTorch decide each ReLU and 2x2 window as `intermediates` do; yields a list, the count of changes."""
     levels = len(model.widths)
-    decided: dict[str, list[Tensor]] = {"relu": [], "pool": []}  # what each takes in, in the order of PyTorch's calls
+    decided: dict[str, list[Tensor]] = {"relu": [], "pool": []}  # the input of each, in the order of PyTorch's calls
     for name in [f"encoder{i + 1}" for i in range(levels)] + [f"decoder{i}" for i in range(levels - 1, 0, -1)]:
         if name.startswith("decoder") and model.upsampling == "resize":
             decided["relu"].append(nchw(intermediates[name.replace("decoder", "up")]["norm"]["__call__"][0]))
@@ -158,10 +158,10 @@ def same_side(intermediates: Any, model: UNet) -> Iterator[list[int]]:
 
 
 def worst_gradient(ours: Any, theirs: Any, model: UNet) -> tuple[float, str]:
-    """The largest difference within a tensor over the tensor's largest entry, and which tensor that is.
+    """The largest difference within a tensor, divided by the tensor's largest entry, and the name of that tensor.
 
-    A batch norm after the resize takes out any constant, so the biases that only add one have no gradient but rounding:
-    that of the 1x1 conv, and of the batch norm before. These are held to the largest entry of their layer's weight.
+    The batch norm after a resize removes any constant. So the biases of the 1x1 conv, and of the batch norm before it,
+    have a gradient of rounding alone. Their differences are divided by the largest entry of their layer's weight.
     """
     zero = []
     if model.upsampling == "resize":
@@ -181,7 +181,7 @@ def worst_gradient(ours: Any, theirs: Any, model: UNet) -> tuple[float, str]:
 
 
 def compare(variant: Variant, widths: tuple[int, ...], images: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
-    """A row of the table; float64 in JAX at less than full width only."""
+    """A row of the table; JAX computes in float64 only below full width."""
     down, up, loss = variant.downsampling, variant.upsampling, variant.loss
     model = UNet(down, up, widths, dropout_rate=0.0, layers=fast_layers(placement()))
     torch.manual_seed(seed)
@@ -250,7 +250,7 @@ def main(image_size: int = 64, batch_size: int = 4, seed: int = 0) -> None:
             for column, value in row.items():
                 number, *where = value if isinstance(value, tuple) else (value,)
                 cells.append(" ".join([str(number) if column == "kinks" else f"{number:.1e}", *where]))
-                if not number < bounds.get(column, np.inf):  # also where it is not a number
+                if not number < bounds.get(column, np.inf):  # also true of NaN
                     missed.append(f"{name} {column} at {widths[0]}-{widths[-1]} features")
             print("| " + " | ".join([name, *cells]) + " |", flush=True)
     if missed:

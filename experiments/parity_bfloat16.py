@@ -2,9 +2,9 @@
 
     python experiments/parity_bfloat16.py --image-size 64 --batch-size 4 --seeds 0 1 2
 
-Prints, for the four variants at full width, the error of the first training step's logits and of its gradients (those
-of all parameters as one vector): the norm of the difference from PyTorch's float64 over the norm of that. Exit status 1
-if ours is more than a tenth above PyTorch's in the mean over the seeds.
+Prints the errors of the first training step's logits and gradients (of all parameters as one vector), for the four
+variants at full width. The error is the norm of the difference from PyTorch's float64, divided by the norm of the
+float64 values. Exit status 1 if our mean over the seeds is more than a tenth above PyTorch's.
 """
 
 import sys
@@ -25,13 +25,13 @@ from unet_jax.model import UNet
 
 
 def relative(ours: Any, exact: Any) -> float:
-    """The norm of ours - exact over that of exact, of all their leaves as one vector."""
+    """The norm of ours - exact divided by the norm of exact, with all leaves as one vector."""
     pairs = [(np.float64(a), np.float64(b)) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True)]
     return float(np.sqrt(sum(np.square(a - b).sum() for a, b in pairs) / sum(np.square(b).sum() for _, b in pairs)))
 
 
 def errors(variant: Variant, image_size: int, batch_size: int, seed: int) -> list[float]:
-    """Of the logits in bfloat16, ours and PyTorch's; and the same of the gradients."""
+    """The errors in bfloat16 of the logits, ours and PyTorch's, and then of the gradients."""
     images, labels = pictures(image_size, batch_size, seed)
     down, up, loss = variant.downsampling, variant.upsampling, variant.loss
     model = UNet(down, up, dropout_rate=0.0, dtype="bfloat16", layers=fast_layers(placement()))

@@ -1,8 +1,8 @@
 """Where a step's time goes: `python experiments/profile_step.py --variant mp_tr_ce --out trace`.
 
 Traces a few steps on a constant batch, for TensorBoard or Perfetto (the .trace.json.gz inside), and prints a table of
-time by layer and operation. On the CPU several threads work at once, and a convolution's own threads are not told apart
-from one another: times are busy thread time of what XLA names, so read the shares, and "untold" for the rest.
+time by layer and operation. On the CPU several threads work at once, and the threads of a convolution are not told
+apart. Times are the busy time of what XLA names, so read the shares; "untold" is the rest.
 """
 
 import collections

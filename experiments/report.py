@@ -1,4 +1,4 @@
-"""Sets runs beside the published ones: `python experiments/report.py runs/*` writes report.md and report.png."""
+"""Compares runs with the published ones: `python experiments/report.py runs/*` writes report.md and report.png."""
 
 from unet_jax.commands.report import command
 

@@ -1,7 +1,7 @@
-"""Trains PyTorch's network as a run of ours was: `python experiments/train_pytorch.py runs/mp_tr_ce --out theirs`.
+"""Trains PyTorch's network with a run's settings: `python experiments/train_pytorch.py runs/mp_tr_ce --out theirs`.
 
-Same pictures, order of batches, loss, optimizer and metrics as the run's config.json says; initial weights and dropout
-are PyTorch's own, of the config's seed. The folder has the files of a run, which report.py takes. Needs extra `bench`.
+Pictures, order of batches, loss, optimizer and metrics are as the run's config.json says. Initial weights and dropout
+are PyTorch's own, with the config's seed. The folder has the files of a run, for report.py. Needs extra `bench`.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Options:
     """Which run is repeated, and where to."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run, of which config.json alone is read."""
+    """Folder of the run. Only its config.json is read."""
     out: Path
     """Folder for config.json, environment.json and metrics.jsonl."""
 
@@ -74,7 +74,7 @@ def check(options: Options, config: RunConfig) -> None:
 
 
 def train_epoch(config: RunConfig, network: Any, optimizer: torch.optim.Optimizer, train: Split, epoch: int) -> dict:
-    """One epoch: the part of its record that training fills."""
+    """Trains one epoch; returns the part of its record that training fills."""
     start, losses, size = time.perf_counter(), [], config.train.batch_size
     order = shuffled(len(train.names), config.train.seed, epoch)
     batches = [order[first : first + size] for first in range(0, len(order), size)]

@@ -8,12 +8,12 @@ from unet_jax import __version__
 from unet_jax.errors import InputError, exit_on_input_error
 
 COMMANDS = {
-    "train": "train a variant on pets or on your own pictures, or go on with its run",
+    "train": "train a variant on pets or on your own pictures, or resume its run",
     "evaluate": "score a run on a split of its pictures, or on others",
     "predict": "write a mask and an overlay for each of your pictures",
-    "export": "make one file of a run, which jax alone can call",
-    "import-torch": "make a run of PyTorch weights",
-    "report": "set runs beside the published ones, in a table and a figure",
+    "export": "write a run as one file, which jax alone can call",
+    "import-torch": "make a run from PyTorch weights",
+    "report": "compare runs with the published ones, in a table and a figure",
 }
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     """Runs the command that the first argument names."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
-        sys.argv[0] = "unet-jax"  # in a run's environment.json, not __main__.py
+        sys.argv[0] = "unet-jax"  # the command in a run's environment.json, instead of __main__.py
         module = importlib.import_module(f"unet_jax.commands.{name.replace('-', '_')}")
         module.command(rest, f"unet-jax {name}")
         return

@@ -1,1 +1,1 @@
-"""The commands, a module each: `python -m unet_jax NAME`, or the script in experiments/ that has the same flags."""
+"""The commands, a module each. `python -m unet_jax NAME` and the script in experiments/ take the same flags."""

@@ -34,24 +34,24 @@ class Options:
     cache_dir: str | None = None
     """Folder of the decoded pictures. Default: ~/.cache/unet_jax."""
     split: Literal["test", "train", "validation", "all"] | None = None
-    """Which part of the dataset; validation is what the run kept of train. Default: test; that where there is no
-    test; or all of another folder."""
+    """Which part of the dataset; validation is the part of train that the run kept. Default: test, or validation if
+    there is no test; for another folder, all."""
     examples: int | None = None
     """The first N pictures. Default: as many as the run took."""
     tta: Tta = "none"
     """Average the probabilities over a picture and its mirror image (horizontal, which a bare --tta means), or over all
-    four flips."""
+    four flips (all)."""
     out: Path | None = None
     """Folder for the results. Default: RUN/evaluation-SPLIT."""
 
 
 def is_own(options: Options, config: "RunConfig", found: "dict[str, Source]") -> bool:
-    """Whether these are the pictures that the run was made of; of a folder that was moved, by their names."""
+    """Whether these are the pictures of the run itself. A folder that was moved is recognized by their names."""
     from unet_jax import runs
 
     if not (options.data_dir or options.dataset):
         return True
-    with contextlib.suppress(InputError, OSError):  # its own may be gone
+    with contextlib.suppress(InputError, OSError):  # the run's own folder may be gone
         if os.path.samefile(options.data_dir or "", runs.data_dir(options.run, config) or ""):
             return True
     names = runs.read_split(options.run)
@@ -85,7 +85,7 @@ def pick(options: Options, config: "RunConfig") -> "tuple[str, str, Split]":
     cache = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
     if name in ("test", "all") or not data.validation_fraction:
         split = load_split(source, data.image_size, options.examples or count, cache)
-    else:  # as the run divided all of its pictures
+    else:  # divided as the run divided its pictures
         split = load_split(source, data.image_size, count, cache)
         parts = validation_rows(split.names, data.validation_fraction, config.train.seed, split.validation)
         rows = parts[name == "validation"][: options.examples]
@@ -96,7 +96,7 @@ def pick(options: Options, config: "RunConfig") -> "tuple[str, str, Split]":
 
 
 def check_unseen(run: Path, split: "Split", own: bool) -> None:
-    """Says how many pictures have names that the run was trained on; raises InputError where they are its own test."""
+    """Prints how many pictures have names that the run was trained on; InputError if they are its own test split."""
     from unet_jax import runs
     from unet_jax.data.classes import some
 
@@ -104,7 +104,7 @@ def check_unseen(run: Path, split: "Split", own: bool) -> None:
     seen = [n for n in split.names if n in {*names.get("train", []), *names.get("validation", [])}]
     text = f"{len(seen)} of these {len(split.names)} pictures have names that {run} was trained on ({some(seen)})"
     if seen and own:
-        raise InputError(f"{text}: the folder's lists or pictures have changed since; --split all scores all the same")
+        raise InputError(f"{text}: the folder's lists or pictures have changed since; --split all scores them anyway")
     if seen:
         print(text)
 
@@ -129,7 +129,7 @@ def evaluate_run(options: Options) -> None:
     batch_size = -(-config.train.batch_size // placement.devices) * placement.devices
     dataset, name, split = pick(options, config)
     classes = config.data.class_names
-    steps = make_steps(config, placement, steps_per_epoch=1, views=FLIPS[options.tta])  # which do not train
+    steps = make_steps(config, placement, steps_per_epoch=1, views=FLIPS[options.tta])  # it matters only in training
     loader = Loader(split, batch_size, placement)
     scores, sums = evaluate(steps.evaluate, restored.state, loader, classes)
     out = options.out or options.run / f"evaluation-{name}"
@@ -167,9 +167,9 @@ def tables(scores: dict[str, Any], confusion: np.ndarray, names: tuple[str, ...]
 def draw_extremes(
     steps: Any, state: Any, split: Any, confusion: np.ndarray, data: "DataConfig", out: Path, title: str
 ) -> None:
-    """The five pictures with the highest mean IoU and the five with the lowest, each with its own.
+    """Draws the five pictures with the highest mean IoU and the five with the lowest, each with its score.
 
-    Pictures in which nothing counts rank among neither.
+    Pictures in which no pixel counts are left out.
     """
     from unet_jax.metrics import mean_iou
     from unet_jax.plots import results_figure
@@ -188,7 +188,7 @@ def draw_extremes(
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Runs it with these arguments, by default the process's."""
+    """Runs the command with these arguments, by default the arguments of the process."""
     with exit_on_input_error():
         args = with_tta_named(sys.argv[1:] if argv is None else argv)
         evaluate_run(tyro.cli(Options, args=args, prog=prog, description=__doc__))

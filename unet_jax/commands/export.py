@@ -1,4 +1,4 @@
-"""Makes one file of a run, for jax alone, ONNX Runtime, or unet_jax: `unet-jax export runs/mp_tr_dice --out model`."""
+"""Writes a run as one file, for jax alone, ONNX Runtime or unet_jax: `unet-jax export runs/mp_tr_dice --out model`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """The run's folder."""
     out: Path
-    """Folder for the artifact and model.json, which says how it is used."""
+    """Folder for the artifact and model.json, which says how to use it."""
     format: ExportFormat = "jax"
-    """jax: StableHLO for any batch and size, which jax calls. onnx: any batch at the training size, by ONNX Runtime.
-    weights: a small folder that stands for the run in every command of unet_jax, with kernels in bfloat16."""
+    """jax: StableHLO for any batch and size, called by jax. onnx: any batch at the training size, for ONNX Runtime.
+    weights: a small folder that every command of unet_jax takes for the run, with kernels in bfloat16."""
 
 
 def main(options: Options) -> None:
-    """Writes the artifact, and prints how it is used."""
+    """Writes the artifact, and prints how to use it."""
     from unet_jax.export import export_run
 
     description = export_run(options.run, options.out, options.format)
@@ -39,6 +39,6 @@ def main(options: Options) -> None:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Runs it with these arguments, by default the process's."""
+    """Runs the command with these arguments, by default the arguments of the process."""
     with exit_on_input_error():
         main(tyro.cli(Options, args=argv, prog=prog, description=__doc__))

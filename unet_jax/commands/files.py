@@ -16,11 +16,11 @@ from unet_jax.config import Tta
 from unet_jax.data.pictures import FORMATS, kinds
 from unet_jax.errors import InputError
 
-GROUP_PIXELS = 2**24  # pictures read, segmented and written together, unless a single one has more
+GROUP_PIXELS = 2**24  # of pictures that are read, segmented and written together, unless a single one has more
 
 
 def find(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The files that are meant, each once, and a line for each pattern that means none."""
+    """The files that the patterns match, each once, and a line for each pattern that matches none."""
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     found: dict[Path, Path] = {}
     bad = []
@@ -37,7 +37,7 @@ def find(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
                     file=sys.stderr,
                 )
         else:
-            literal = pattern.replace("[", "[[]")  # brackets in names are commoner than in globs
+            literal = pattern.replace("[", "[[]")  # brackets are more common in names than in globs
             matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             matches = matches or sorted(glob.glob(literal, recursive=True))
             files = [p for p in map(Path, matches) if p.is_file()]
@@ -50,8 +50,8 @@ def find(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def name_outputs(pictures: Sequence[Path]) -> list[str]:
-    """A name for each picture's files: its stem; where others have that too, FOLDER-STEM, with a number if need be."""
-    stems = Counter(path.stem.lower() for path in pictures)  # some file systems know no case
+    """A name for each picture's files: its stem, or FOLDER-STEM if others have the same stem; numbered if needed."""
+    stems = Counter(path.stem.lower() for path in pictures)  # some file systems ignore case
     names: dict[str, str] = {}
     for path in pictures:
         name = path.stem if stems[path.stem.lower()] == 1 else f"{path.resolve().parent.name}-{path.stem}"
@@ -76,7 +76,7 @@ def prepare_folder(out: Path, names: Sequence[str], pictures: Sequence[Path]) ->
 
 
 def with_tta_named(argv: Sequence[str]) -> list[str]:
-    """The command line, in which a bare --tta has its default."""
+    """The command line, with the value of a bare --tta added."""
     named = []
     for word, following in itertools.zip_longest(argv, argv[1:]):
         named += [word, "horizontal"] if word == "--tta" and following not in get_args(Tta) else [word]
@@ -84,14 +84,14 @@ def with_tta_named(argv: Sequence[str]) -> list[str]:
 
 
 def groups(pictures: Sequence[Path], names: Sequence[str], most: int) -> Iterator[list[tuple[Path, str]]]:
-    """Pictures and names in groups of at most `most` and GROUP_PIXELS: what is in memory at once is bounded."""
+    """Pictures and names in groups of at most `most` and GROUP_PIXELS, which bounds the memory."""
     group: list[tuple[Path, str]] = []
     total = 0
     for path, name in zip(pictures, names, strict=True):
         try:
             with Image.open(path, formats=FORMATS) as image:
                 pixels = image.width * image.height
-        except Exception:  # told when it is decoded
+        except Exception:  # reported when it is decoded
             pixels = 0
         if group and (len(group) == most or total + pixels > GROUP_PIXELS):
             yield group

@@ -1,7 +1,7 @@
-"""A run from PyTorch weights: `unet-jax import-torch WEIGHTS.pth --variant mp_tr_dice --out runs/theirs`.
+"""Makes a run from PyTorch weights: `unet-jax import-torch WEIGHTS.pth --variant mp_tr_dice --out runs/theirs`.
 
 The run folder can be evaluated, predicted with, exported, and trained from (--init-from). Needs torch (extra `bench`),
-but not for a safetensors file.
+except for a safetensors file.
 """
 
 import dataclasses
@@ -49,11 +49,11 @@ class Options:
     upsampling: Upsampling | None = None
     """Default: the variant's."""
     loss: str | None = None
-    """That the network was trained with, and is evaluated by. Default: the variant's."""
+    """The loss that the network was trained with, and is evaluated by. Default: the variant's."""
 
 
 def read_weights(path: Path) -> Any:
-    """What torch.save wrote to a file, or the arrays by name of a safetensors file, whatever its name.
+    """What torch.save wrote to a file, or the arrays by name of a safetensors file, which may have any file name.
 
     Raises:
       InputError: it cannot be read.
@@ -84,7 +84,7 @@ SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file: eight bytes that say how long the JSON is, the JSON, the arrays' bytes.
+    """The arrays of a safetensors file, which is the length of the JSON in eight bytes, the JSON, the arrays' bytes.
 
     Raises:
       InputError: it is damaged, or has a dtype that weights do not have.
@@ -137,7 +137,7 @@ def config_of(options: Options) -> RunConfig:
             downsampling=options.downsampling or model.downsampling,
             upsampling=options.upsampling or model.upsampling,
         ),
-        # Where the weights come from, which no trained run has: train refuses to train over them.
+        # init_from says where the weights come from. No trained run has this value, so train refuses this folder.
         train=dataclasses.replace(train, loss=options.loss or train.loss, init_from=str(options.weights)),
     )
     check_config(config)
@@ -158,7 +158,7 @@ def main(options: Options) -> None:
     model = train.make_model(config.model, len(config.data.class_names), device.placement())
     variables = variables_from_state_dict(arrays, model)
     moments = train.make_optimizer(config.train, steps_per_epoch=1).init(variables["params"])
-    averaged = variables if config.train.ema else None  # these weights are all that is known of an average
+    averaged = variables if config.train.ema else None  # no other average is known than these weights
     state = train.TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["batch_stats"], moments, averaged)
     with runs.lock(options.out):
         with checkpoint.manager(options.out / "checkpoints", 0) as checkpoints:
@@ -169,6 +169,6 @@ def main(options: Options) -> None:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Runs it with these arguments, by default the process's."""
+    """Runs the command with these arguments, by default the arguments of the process."""
     with exit_on_input_error():
         main(tyro.cli(Options, args=argv, prog=prog, description=__doc__))

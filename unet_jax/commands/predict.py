@@ -39,22 +39,22 @@ class Options:
     """Folder for NAME_mask.png and NAME_overlay.png of each picture."""
     mode: Literal["resize", "tile", "native"] = "resize"
     """resize: to the training size and back. tile: in overlapping windows at the scale of training, for pictures that
-    show more than those of training did. native: the same at the picture's own resolution."""
+    show more than the training pictures. native: in such windows at the picture's own resolution."""
     tile_size: int | None = None
     """Side of the windows; smaller ones take less memory and more time. Default: what suits the network."""
     tta: Tta = "none"
-    """Average the probabilities over a picture and its mirror image (horizontal, which a bare --tta means), twice the
-    work, or over all four flips, four times, for what has no up and down."""
+    """Average the probabilities over a picture and its mirror image (horizontal, which a bare --tta means; twice the
+    work), or over all four flips (all; four times the work), for pictures that have no up and down."""
     white: int | None = None
-    """The value of 16-bit grey pictures that is white. Default: as in the run's pictures."""
+    """The value that is white in 16-bit grey pictures. Default: as in the run's pictures."""
     max_megapixels: float = 89.4
-    """Larger pictures are refused, as a small file may hold one that no memory does: raise it for those you know."""
+    """Larger pictures are refused: a small file may unpack to more than memory holds. Raise it for files you trust."""
     probabilities: bool = False
     """Write NAME_probabilities.npz too: float32 [H, W, classes] as `probabilities`, and `class_names`."""
 
 
 def read(path: Path, name: str, options: Options, predictor: "Predictor") -> tuple[str, np.ndarray, np.ndarray | None]:
-    """The name, the picture, and in resize mode what the network is to see of it."""
+    """The name, the picture, and in resize mode the picture as the network gets it."""
     from unet_jax.data.pictures import WHITE, decode, scale, white_of
 
     white = options.white or predictor.config.data.white or WHITE
@@ -67,7 +67,7 @@ def read(path: Path, name: str, options: Options, predictor: "Predictor") -> tup
 
 
 def segment(pictures: Sequence[tuple], options: Options, predictor: "Predictor") -> list[np.ndarray]:
-    """What the network says of pictures that were read: in resize mode at the training size, else at their own."""
+    """The network's answers for pictures that were read: in resize mode at the training size, else at their own."""
     from unet_jax.predict import assemble
 
     if options.mode != "resize":
@@ -77,7 +77,7 @@ def segment(pictures: Sequence[tuple], options: Options, predictor: "Predictor")
 
 
 def write(name: str, image: np.ndarray, answer: np.ndarray, options: Options, data: "DataConfig") -> None:
-    """Takes an answer to the picture's own size, if it is not yet, and writes the files."""
+    """Resizes an answer to the picture's own size, if it is not yet, and writes the files."""
     from unet_jax import runs
     from unet_jax.plots import overlay, palette
     from unet_jax.predict import assemble, grow
@@ -91,7 +91,7 @@ def write(name: str, image: np.ndarray, answer: np.ndarray, options: Options, da
     with runs.replacing(out / f"{name}_mask.png") as file:
         mask.save(file, "PNG")
     with runs.replacing(out / f"{name}_overlay.png") as file:
-        # Lightly compressed: it takes a third of the time, and a few percent more room.
+        # Light compression takes a third of the time, and a few percent more room.
         Image.fromarray(overlay(image, labels, class_names, colours)).save(file, "PNG", compress_level=1)
     if options.probabilities:
         with runs.replacing(out / f"{name}_probabilities.npz") as file:
@@ -101,16 +101,16 @@ def write(name: str, image: np.ndarray, answer: np.ndarray, options: Options, da
 def segment_all(
     groups: Iterator[list[tuple[Path, str]]], options: Options, predictor: "Predictor", bar: Any
 ) -> tuple[list[str], float]:
-    """Takes all groups from their files to their masks: a line for each bad picture, and the seconds in the network.
+    """Segments all groups, from files to masks. Returns a line for each bad picture, and the seconds in the network.
 
-    Threads read a group and write the one before while the network is at work on the one between.
+    While the network works on one group, threads read the next and write the one before.
     """
     bad: list[str] = []
     seconds = 0.0
     reading: list[Future] = []
     writing: list[Future] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for group in itertools.chain(groups, [[], []]):  # the last two: for what is then still read, and written
+        for group in itertools.chain(groups, [[], []]):  # the last two: some groups are still being read or written
             upcoming = [pool.submit(read, path, name, options, predictor) for path, name in group]
             pictures = []
             for future in reading:
@@ -136,7 +136,7 @@ def segment_all(
 
 
 def scale_line(scale: tuple[float, float] | None) -> str:
-    """What a user of tile mode is told."""
+    """The line that tile mode prints about the scale."""
     if scale is None:
         return "this run does not say at which scale it was trained: tile mode takes the pictures at their own"
     return (
@@ -160,7 +160,7 @@ def main(options: Options) -> int:
     if options.white is not None and not 0 < options.white < 65536:
         raise InputError(f"--white is {options.white}: it must be from 1 to 65535")
     pictures_files.MAX_PIXELS = Image.MAX_IMAGE_PIXELS = int(options.max_megapixels * 1e6)
-    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told once, at the end
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is reported once, at the end
     pictures, bad = find(options.pictures)
     if not pictures:
         raise InputError("; ".join(bad) or "no pictures are given")
@@ -189,7 +189,7 @@ def main(options: Options) -> int:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Runs it with these arguments, by default the process's."""
+    """Runs the command with these arguments, by default the arguments of the process."""
     with exit_on_input_error():
         args = with_tta_named(sys.argv[1:] if argv is None else argv)
         sys.exit(main(tyro.cli(Options, args=args, prog=prog, description=__doc__)))

@@ -1,4 +1,4 @@
-"""Sets runs beside the published ones: `unet-jax report runs/*` writes report.md and report.png."""
+"""Compares runs with the published ones: `unet-jax report runs/*` writes report.md and report.png."""
 
 import dataclasses
 import json
@@ -15,13 +15,13 @@ from unet_jax.published import TEST_LOSSES
 
 
 class Run(NamedTuple):
-    """What the files of a run say, ours or one of the same files by another framework."""
+    """What the files of a run say. The run is ours, or another framework's with the same files."""
 
     config: RunConfig
     environment: dict[str, Any]
     records: list[dict[str, Any]]
     part: str  # test, or validation where there was no test
-    scores: dict[str, Any]  # of that part by name: of the last epoch, or of the one that validation chose
+    scores: dict[str, Any]  # of that part by name, after the last epoch or the one that validation chose
 
     @property
     def framework(self) -> str:
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """config.json, environment.json, the records of metrics.jsonl, and of a run with validation summary.json.
+    """Reads config.json, environment.json, metrics.jsonl, and summary.json if the run has a validation part.
 
     Raises:
       InputError: the folder is no run, has no finished epoch, or has a validation part and is not finished.
@@ -60,14 +60,14 @@ IN_COLUMNS |= {"train.seed", "train.epochs"}
 
 
 def spread(values: Iterable[float], form: str = ".4f") -> str:
-    """The mean, and of several values the lowest and the highest."""
+    """The mean, and for several values also the lowest and the highest."""
     numbers = list(values)
     mean = f"{statistics.mean(numbers):{form}}"
     return mean if len(numbers) == 1 else f"{mean} ({min(numbers):{form}} to {max(numbers):{form}})"
 
 
 def settings(config: RunConfig) -> str:
-    """The fields that are not the variant's own and have no column."""
+    """The settings that differ from the variant's own and have no column."""
     if config.variant not in VARIANTS:
         return "-"
     changed = differences(default_config(config.variant, config.data.dataset), config)
@@ -76,7 +76,7 @@ def settings(config: RunConfig) -> str:
 
 
 def row(runs: list[Run]) -> str:
-    """A line of the table: runs that differ in their seeds alone."""
+    """A line of the table, for runs that differ only in their seeds."""
     config, data = runs[0].config, runs[0].config.data
     recipe = VARIANTS.get(config.variant)
     comparable = recipe and recipe.loss == config.train.loss and data.dataset != "folder"
@@ -103,7 +103,7 @@ def row(runs: list[Run]) -> str:
 
 
 def table(runs: Iterable[Run]) -> str:
-    """Markdown: a row for each group of runs that differ in their seeds alone, the published loss beside ours."""
+    """Markdown: a row for each group of runs that differ only in their seeds, with the published loss beside ours."""
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         train = dataclasses.replace(run.config.train, seed=0)
@@ -113,7 +113,7 @@ def table(runs: Iterable[Run]) -> str:
 
 
 def write_comparison(folders: list[Path], out: Path | None = None, name: str = "comparison") -> None:
-    """Writes NAME.md and NAME.png of these runs, in `out` or the folder that holds the first."""
+    """Writes NAME.md and NAME.png about these runs, in `out` or the folder that holds the first."""
     from unet_jax import plots
 
     out = out or folders[0].parent
@@ -121,9 +121,9 @@ def write_comparison(folders: list[Path], out: Path | None = None, name: str = "
     runs = {"/".join(folder.parts[-2:]): read_run(folder) for folder in folders}
     text = table(runs.values())
     note = (
-        "Published losses are of 240x240 pictures, 25 epochs, and the best of those printed; test loss is the mean of"
-        " the batch means, after the last epoch, or with a validation part after the best; (validation) where there was"
-        " no test. Of several seeds: mean (lowest to highest). Times are an epoch's median.\n"
+        "Published losses are the best of those printed, for 240x240 pictures and 25 epochs. Test loss is the mean of"
+        " the batch means, after the last epoch, or with a validation part after the best; (validation) means that"
+        " there was no test. Several seeds: mean (lowest to highest). Times are an epoch's median.\n"
     )
     (out / f"{name}.md").write_text(f"{text}\n{note}")
     panels: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -146,7 +146,7 @@ class Options:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Runs it with these arguments, by default the process's."""
+    """Runs the command with these arguments, by default the arguments of the process."""
     with exit_on_input_error():
         options = tyro.cli(Options, args=argv, prog=prog, description=__doc__)
         folders = [path for path in options.runs if not path.is_file()]  # runs/* has reports among the runs

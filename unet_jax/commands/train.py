@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Where and how a run is made: no part of what it is."""
+    """Where and how a run is made. This is not part of its config."""
 
     config: RunConfig
     workdir: str | None = None
     """The run's folder. Default: runs/VARIANT (with `all`: a folder for each variant inside)."""
     overwrite: bool = False
-    """Start anew in a folder that holds another run, whose files are removed."""
+    """Remove the files of another run in the folder, and start anew."""
     download: bool = False
     """Download and prepare the dataset in --data-dir if it is not there."""
     cache_dir: str | None = None
@@ -37,21 +37,21 @@ class Options:
     compilation_cache: bool = True
     """Unless this is given, compiled programs are kept in ~/.cache/unet_jax/xla: a later start compiles nothing."""
     deterministic: bool = False
-    """Have a GPU add in a fixed order: repeated and resumed runs are bit-equal, steps take longer."""
+    """Make a GPU add in a fixed order: repeated and resumed runs are bit-equal, but steps take longer."""
     log: Literal["tensorboard"] | None = None
     """Write losses, scores and results.png after each epoch for TensorBoard, in the run's folder tensorboard."""
     distributed: bool = False
-    """Be one of many processes that make the run together; Slurm, Open MPI and Kubernetes tell all the rest."""
+    """Be one of many processes that make the run together. Slurm, Open MPI and Kubernetes set all the rest."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, the same for all, where nothing tells it; the port is a free one of your choice."""
+    """HOST:PORT of process 0, the same for all processes, if nothing sets it. Choose any free port."""
     processes: int | None = None
-    """How many processes there are, where nothing tells it."""
+    """The number of processes, if nothing sets it."""
     process_id: int | None = None
-    """Which of them this is, from 0, where nothing tells it."""
+    """The number of this process, from 0, if nothing sets it."""
 
 
 def parse(argv: Sequence[str], prog: str | None = None) -> list[Options]:
-    """The options of each run asked for: the flags given, over the defaults of its variant and dataset."""
+    """The options of each run: the given flags over the defaults of its variant and dataset."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--variant", default="mp_tr_dice")
     first.add_argument("--dataset", choices=get_args(DatasetName), default="auto")
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str], prog: str | None = None) -> list[Options]:
 
 
 def train_run(options: Options, placement: "Placement") -> None:
-    """Makes one run, or what is left of it (`unet_jax.experiment`)."""
+    """Makes one run, or the rest of it (`unet_jax.experiment`)."""
     from unet_jax import experiment, trackers
 
     folder = Path(options.workdir or ".")
@@ -129,7 +129,7 @@ def main(runs_asked_for: list[Options]) -> None:
 
 
 def train_runs(runs_asked_for: list[Options]) -> None:
-    """Makes the runs one after the other, and compares them. Of many processes, the first alone prints."""
+    """Makes the runs one after the other, and compares them. With many processes, only the first prints."""
     import jax
 
     from unet_jax import device
@@ -149,6 +149,6 @@ def train_runs(runs_asked_for: list[Options]) -> None:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Runs it with these arguments, by default the process's."""
+    """Runs the command with these arguments, by default the arguments of the process."""
     with exit_on_input_error(INTERRUPTED):
         main(parse(sys.argv[1:] if argv is None else argv, prog))

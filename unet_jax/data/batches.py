@@ -31,12 +31,12 @@ def validation_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pictures to train on and those kept for validation: two sorted arrays of indices, the same on every machine.
 
-    Of each group of names that are alike before the last underscore (the breeds of the pets), as near to `fraction` as
-    whole pictures allow: every 1/fraction-th of all, with the groups in a row. Where the dataset has `listed` some for
-    validation, they are kept and no others.
+    Names that are equal before the last underscore are a group (the breeds of the pets). With the groups in a row,
+    every 1/fraction-th picture is kept: of each group as near to `fraction` as whole pictures allow. If the dataset has
+    `listed` some pictures for validation, these are kept and no others.
 
     Raises:
-      InputError: the fraction comes to no picture, or one of the parts has none.
+      InputError: the fraction comes to no picture, or one of the two parts is empty.
     """
     if listed:
         named = np.array([name in listed for name in names])
@@ -59,7 +59,7 @@ def _take(images: Array, labels: Array, indices: Array, weights: Array) -> Batch
 
 
 def _place(array: np.ndarray, rows: np.ndarray, sharding: NamedSharding) -> Array:
-    """Those rows of the array as a global array: each process reads what its own devices hold, no more."""
+    """These rows of the array as a global array. Each process reads only the rows that its own devices hold."""
     shape = (len(rows), *array.shape[1:])
 
     def part(index: Any) -> np.ndarray:
@@ -69,14 +69,14 @@ def _place(array: np.ndarray, rows: np.ndarray, sharding: NamedSharding) -> Arra
 
 
 class Loader:
-    """Cuts a split into batches; the split lives on the accelerator where it fits well, else its batches go there.
+    """Cuts a split into batches. The split is kept on the accelerator if it fits well, else each batch goes there.
 
-    The host's share of a batch (a gather of uint8 rows, or just indices) is done while an accelerator is still busy
-    with the batches before, since dispatch is asynchronous there.
+    Dispatch to an accelerator is asynchronous: the host prepares a batch (a gather of uint8 rows, or only indices)
+    while the batches before are computed.
     """
 
     def __init__(self, split: Split, batch_size: int, placement: Placement, rows: np.ndarray | None = None) -> None:
-        """Of `rows` alone, if given. Moves the split to the device if `placement.fits` says that it may."""
+        """Takes only `rows`, if they are given. Moves the split to the device if `placement.fits` says that it may."""
         self.split, self.batch_size, self.placement = split, batch_size, placement
         self.rows = np.arange(len(split.names)) if rows is None else rows
         self._resident = None
@@ -86,7 +86,7 @@ class Loader:
 
     @property
     def names(self) -> list[str]:
-        """Of the pictures, in order."""
+        """The names of the pictures, in order."""
         return [self.split.names[row] for row in self.rows]
 
     def __len__(self) -> int:
@@ -94,13 +94,13 @@ class Loader:
         return -(-len(self.rows) // self.batch_size)
 
     def epoch(self, seed: int, number: int, skip: int = 0) -> Iterator[Batch]:
-        """The shuffled batches of the epoch of that number but for the first `skip`; the last may be short."""
+        """The shuffled batches of an epoch without the first `skip` of them; the last may be short."""
         order = shuffled(len(self.rows), seed, number)
         for start in range(skip * self.batch_size, len(order), self.batch_size):
             yield self._batch(order[start : start + self.batch_size])
 
     def evaluation(self) -> Iterator[Batch]:
-        """All pictures in order, the last batch filled up with weightless copies of the first picture."""
+        """All pictures in order. Copies of the first picture, with weight 0, fill up the last batch."""
         indices = np.arange(len(self) * self.batch_size)
         indices[len(self.rows) :] = -1
         for places in indices.reshape(len(self), self.batch_size):
@@ -114,13 +114,13 @@ class Loader:
         rows, sharding = self.rows[places], self.placement.batch
         images, labels = (_place(a, rows, sharding) for a in (self.split.images, self.split.labels))
         batch = Batch(images, labels, _place(weights, np.arange(len(weights)), sharding))
-        # On a CPU a step whose inputs are not ready goes to another thread, whose heap does not keep its memory: twice
-        # the memory, and a quarter of a step's time to zero it (cpu/memory.py).
+        # On a CPU a step whose inputs are not ready runs in another thread, whose heap does not keep its memory. That
+        # takes twice the memory, and a quarter of a step's time to zero it (cpu/memory.py).
         return jax.block_until_ready(batch) if self.placement.platform == "cpu" else batch
 
 
 class Parts(NamedTuple):
-    """The pictures of a run: those trained on, those kept from them for validation, and those of the test split."""
+    """The pictures of a run: for training, for validation (taken from the training split), and the test split."""
 
     train: Loader
     validation: Loader | None
@@ -128,5 +128,5 @@ class Parts(NamedTuple):
 
     @property
     def held_out(self) -> Loader | None:
-        """What each epoch evaluates: the validation part, or where there is none the test split."""
+        """What each epoch evaluates: the validation part, or the test split if there is no such part."""
         return self.validation or self.test

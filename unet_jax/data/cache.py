@@ -22,15 +22,15 @@ from unet_jax.config import ImageSize, sides, size_text
 from unet_jax.data.source import Example, Source
 from unet_jax.errors import InputError
 
-VERSION = 1  # of the files and of the resizing: a change makes every cache anew
+VERSION = 1  # of the files and of the resizing: after a change every cache is made again
 ARRAYS = ("images", "labels")
 
 
 class Split(NamedTuple):
     """images uint8 [N, H, W, 3], labels uint8 [N, H, W] (both may be memory-mapped), names of the N pictures.
 
-    scale is H and W over the pictures' own heights and widths: the median of each. validation has the names of those
-    that the dataset itself keeps for validation.
+    scale has two medians: of H over the pictures' own heights, and of W over their own widths. validation has the names
+    of the pictures that the dataset itself keeps for validation.
     """
 
     images: np.ndarray
@@ -41,7 +41,7 @@ class Split(NamedTuple):
 
 
 def resize(example: Example, size: ImageSize) -> Example:
-    """The example at that size: picture antialiased bilinear, labels nearest, so that no class is invented."""
+    """The example at this size: the picture by antialiased bilinear, labels by nearest, which invents no class."""
     height, width = sides(size)
     if example.labels.shape == (height, width):
         return example
@@ -51,10 +51,10 @@ def resize(example: Example, size: ImageSize) -> Example:
 
 
 def load_split(source: Source, size: ImageSize, examples: int | None, cache_dir: Path) -> Split:
-    """The first `examples` pictures (None: all) of a source at that size, from the cache or made for it.
+    """The first `examples` pictures (None: all) of a source at this size, from the cache or decoded into it.
 
-    The cache is keyed by all that the arrays depend on. A folder in it is complete from the moment it has its name,
-    whoever else builds it meanwhile; one whose bytes have changed since is made again.
+    The cache is keyed by everything that the arrays depend on. A folder gets its name only when it is complete, also if
+    several processes build it at once. A folder whose bytes have changed since is made again.
 
     Raises:
       InputError: a picture cannot be read, or the disk is full.
@@ -82,7 +82,7 @@ def _open(folder: Path) -> Split | None:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-        with ThreadPoolExecutor(len(ARRAYS)) as pool:  # zlib lets go of the interpreter's lock
+        with ThreadPoolExecutor(len(ARRAYS)) as pool:  # zlib releases the interpreter's lock
             sums = dict(zip(ARRAYS, pool.map(_checksum, arrays.values()), strict=True))
         if sums != meta["checksums"] or len(meta["names"]) != len(arrays["images"]):
             return None
@@ -109,7 +109,7 @@ def _build(source: Source, size: ImageSize, count: int, folder: Path) -> None:
         _decode(source, size, count, building)
         try:
             building.rename(folder)
-        except OSError:  # in its place is what _open refused, unless another process was faster
+        except OSError:  # _open refused the folder there, unless another process was faster
             if _open(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)
                 building.rename(folder)
@@ -119,13 +119,13 @@ def _build(source: Source, size: ImageSize, count: int, folder: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what processes that were killed have left of this cache: nobody holds it any more."""
+    """Removes what killed processes have left of this cache, which no process holds any more."""
     for building in folder.parent.glob(f".{folder.name}-*"):
         with contextlib.suppress(OSError):
             held = os.open(building, os.O_RDONLY)
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - building.stat().st_mtime > 60:  # else it may be about to be held
+                if time.time() - building.stat().st_mtime > 60:  # a newer one may be about to be held
                     shutil.rmtree(building, ignore_errors=True)
             finally:
                 os.close(held)
@@ -157,13 +157,13 @@ def _decode(source: Source, size: ImageSize, count: int, building: Path) -> None
     for array in arrays.values():
         array.flush()
     checksums = {name: _checksum(array) for name, array in arrays.items()}
-    # Last: a folder without it is no cache.
+    # Written last: a folder without it is no cache.
     meta = {"checksums": checksums, "names": names, "scale": np.median(scales, axis=0).tolist()}
     (building / "meta.json").write_text(json.dumps(meta))
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    # A memory-mapped file on a full disk dies by SIGBUS instead of raising.
+    # Writing to a memory-mapped file on a full disk ends in SIGBUS, not in an exception.
     free = shutil.disk_usage(folder).free
     if needed * 1.01 > free:
         raise InputError(

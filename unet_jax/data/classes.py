@@ -12,12 +12,12 @@ import dacite
 from unet_jax.config import IGNORE_LABEL
 from unet_jax.errors import InputError
 
-COLOUR = 1 << 24  # a colour is told from a value by this plus 0xRRGGBB: beyond all values
+COLOUR = 1 << 24  # the code of a colour is this plus 0xRRGGBB, larger than any value
 FORM = '{"names": ["road", ...], "colours": [[128, 64, 128], ...], "ignore": [[0, 0, 0]]}'
 LABELMAP = "label:red,green,blue:: a line"
-BLACK, BORDER = [0, 0, 0], [224, 224, 192]  # in Pascal VOC what no object has, and the border between objects
+BLACK, BORDER = [0, 0, 0], [224, 224, 192]  # in Pascal VOC: the background, and the border between objects
 
-Table = tuple[tuple[int, int], ...]  # a value or COLOUR + 0xRRGGBB, and its label; () where values are labels
+Table = tuple[tuple[int, int], ...]  # (a value or COLOUR + 0xRRGGBB, its label); () if values are labels
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def read(path: Path, names: tuple[str, ...]) -> tuple[tuple[str, ...], Table]:
 
 
 def _labelmap(text: str) -> dict[str, Any]:
-    """What classes.json would say, of lines label:color_rgb:parts:actions; "ignored" is no class.
+    """The lines label:color_rgb:parts:actions in the form of classes.json; "ignored" is no class.
 
-    Black is the background, and BORDER is ignored, where no line says otherwise.
+    Black is the background and BORDER is ignored, unless a line says otherwise.
     """
     labels = []
     for line in text.splitlines():
@@ -83,14 +83,14 @@ def _code(colour: int | list[int], in_colours: bool) -> int:
 
 
 def in_colours(table: Table) -> bool:
-    """Whether masks are to be read by their colours, and not by their values."""
+    """Whether masks are read by their colours, and not by their values."""
     return any(code >= COLOUR for code, _ in table)
 
 
 def colours_of(table: Table, palette: Mapping[int, int], values: Iterable[int]) -> tuple[str, ...]:
     """The colours of the classes as #rrggbb: those listed, else those that the masks' palette has for their values.
 
-    () where the palette lacks one, has the same for two, or has greys alone: figures then take our own.
+    () if the palette lacks a colour, has the same for two classes, or has only greys: figures then use our own.
     """
     listed = [code for code, label in table if label != IGNORE_LABEL]
     if in_colours(table):
@@ -113,10 +113,10 @@ def _readable(code: int) -> int | list[int]:
 
 
 def some(cases: Sequence[object]) -> str:
-    """The first three of them."""
+    """The first three cases, as text."""
     return ", ".join(map(str, cases[:3])) + ", ..." * (len(cases) > 3)
 
 
 def repeated(names: Iterable[Any]) -> list[Any]:
-    """Those that come more than once."""
+    """The names that occur more than once."""
     return [name for name, count in Counter(names).items() if count > 1]

@@ -1,4 +1,4 @@
-"""From a config's dataset to its sources: which dataset it is to be, and where it comes from."""
+"""The sources of a config's dataset: which dataset "auto" is, and where the pictures come from."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from unet_jax.folders import default_cache_dir
 
 
 def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple[DatasetName, str | None]:
-    """What "auto" stands for here, and a notice for the user where it is not the real pets. Downloads nothing.
+    """The dataset that "auto" means here, and a notice for the user if it is not the real pets. Downloads nothing.
 
     Raises:
-      InputError: the dataset asked for is neither there nor to be had; the message says what to do.
+      InputError: the dataset is neither there nor can it be downloaded; the message says what to do.
     """
     if dataset == "synthetic":
         return "synthetic", None
@@ -42,7 +42,7 @@ def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple
 
 
 def fill_in(config: RunConfig) -> RunConfig:
-    """A resolved config with what it leaves to a folder: the class names.
+    """A resolved config, completed with what a folder decides: class names, and how its files are read.
 
     Raises:
       InputError: the folder cannot be used.
@@ -53,7 +53,7 @@ def fill_in(config: RunConfig) -> RunConfig:
 
 
 def choose_batch_size(config: RunConfig) -> RunConfig:
-    """A complete config with the default batch, which of a folder is never larger than what there is to train on."""
+    """A complete config with the default batch size: for a folder, never more than there are pictures to train on."""
     if config.data.dataset != "folder":
         return config
     available = training_pictures(config.data, sources(config.data, config.train.seed)["train"].size)
@@ -62,7 +62,7 @@ def choose_batch_size(config: RunConfig) -> RunConfig:
 
 
 def training_pictures(config: DataConfig, size: int) -> int:
-    """How many pictures of a train split of that size are trained on, but for rounding."""
+    """How many pictures of a train split of this size are trained on, except for rounding."""
     taken = min(size, config.train_examples or size)
     return taken - round(taken * config.validation_fraction)
 
@@ -87,7 +87,7 @@ def sources(config: DataConfig, seed: int) -> dict[str, Source]:
 
 
 def load_splits(config: RunConfig, cache_dir: str | Path | None = None) -> dict[str, Split]:
-    """The splits of a complete config that have pictures, as cached arrays, after the checks that need sizes alone.
+    """The splits of a complete config that have pictures, as cached arrays. First come the checks that need only sizes.
 
     Raises:
       InputError: they cannot be read, have other classes, or are fewer than a batch.

@@ -1,4 +1,4 @@
-"""Your own pictures and masks: a folder, checked whole before the first of them is used.
+"""Your own pictures and masks: a folder, checked as a whole before any of them is used.
 
     DIR/images/       pictures, of the formats that unet_jax.data.pictures reads
     DIR/masks/        for each a PNG (or GIF, TIFF, BMP) of the same size, named like it or NAME_mask: class indices, or
@@ -6,21 +6,21 @@
     DIR/classes.json  optional: {"names": ["road", ...], "colours": [[128, 64, 128], ...], "ignore": [[0, 0, 0], ...]},
                       where names may be left out (the classes are numbered), or colours and ignore
     DIR/train.txt     optional: a stem (or a file name) a line; likewise test.txt. With both, pictures in neither are
-                      left alone; with one, the rest is the other split; with none, a fraction drawn by the seed is the
+                      left out; with one, the rest is the other split; with none, a fraction drawn by the seed is the
                       test split
-    DIR/val.txt       optional: the pictures that are kept from training, to choose the best epoch by
+    DIR/val.txt       optional: the pictures that are kept from training and choose the best epoch
 
-The other layouts (unet_jax.data.layouts) are read alike. In place of lists there may be folders of the splits: train,
-val and test, in images/ and masks/ or around them. Pascal VOC's JPEGImages/ and SegmentationClass/ have their lists in
-ImageSets/Segmentation/, and labelmap.txt for classes.json, if any. Masks NAME_mask may lie beside the pictures.
+The other layouts (unet_jax.data.layouts) are read in the same way. Folders train, val and test, in images/ and masks/
+or around them, may replace the lists. Pascal VOC's JPEGImages/ and SegmentationClass/ have their lists in
+ImageSets/Segmentation/, and may have labelmap.txt for classes.json. Masks NAME_mask may lie beside the pictures.
 
-Without colours a mask holds indices: grey of 1, 8 or 16 bits, the indices of a palette (of the same colours in all
-masks), or RGB that is all grey. 255 is ignored, but where all masks hold 0 and 255 alone it is the second of two
-classes. With colours in classes.json every mask goes by its colours, be it stored as RGB, with a palette or grey; where
-all are numbers, by its values: {"colours": [1, 2, 3], "ignore": [0]}. "ignore" is what is no class.
+Without colours a mask holds indices: grey of 1, 8 or 16 bits, the indices of a palette (with the same colours in all
+masks), or RGB that is all grey. 255 is ignored, but if all masks hold only 0 and 255 it is the second of two classes.
+With colours in classes.json every mask is read by its colours, whether it is stored as RGB, with a palette or as grey.
+If all of these are numbers, it is read by its values: {"colours": [1, 2, 3], "ignore": [0]}. "ignore" is no class.
 
-A camera stores beside the pixels how it was held (EXIF orientation): pictures and masks are turned upright, each by its
-own. Grey pictures of 16 bits are scaled by what all of them together use.
+Pictures and masks are turned upright, each by its own EXIF orientation, which says how the camera was held. Grey
+pictures of 16 bits are scaled by the bits that all of them together use.
 """
 
 import functools
@@ -41,7 +41,7 @@ from unet_jax.data.pairs import LISTS, Pair, Problems, Splits, split
 from unet_jax.data.source import Example, Source
 from unet_jax.errors import InputError
 
-READING = 2  # of masks and pictures: a change makes every cache anew
+READING = 2  # of masks and pictures: after a change every cache is made again
 
 
 class Folder(NamedTuple):
@@ -55,10 +55,10 @@ class Folder(NamedTuple):
 
 
 def fill_in(data: DataConfig, seed: int) -> DataConfig:
-    """The config of a run to be trained, with what it leaves to the folder: class names, and how its files are read.
+    """The config of a run to be trained, completed with what the folder decides: class names, how its files are read.
 
     Raises:
-      InputError: one line of all that is wrong, such as pictures without a mask and masks of other sizes.
+      InputError: one line with all problems, for example pictures without a mask and masks of other sizes.
     """
     folder = _checked(data, seed, to_train=True)
     kept, trained = (len(folder.splits[split]) for split in ("validation", "train"))
@@ -75,12 +75,12 @@ def fill_in(data: DataConfig, seed: int) -> DataConfig:
 
 
 def sources(data: DataConfig, seed: int) -> dict[str, Source]:
-    """The splits "train" (that kept for validation among it) and "test", which may be empty.
+    """The splits "train" (which includes the validation part) and "test", which may be empty.
 
     `read(i)` gives the RGB image uint8 [H, W, 3] and labels uint8 [H, W].
 
     Raises:
-      InputError: as `fill_in` does, but for what no training can be done with.
+      InputError: as `fill_in` does, except for what only a training needs.
     """
     splits, table, reading, white, _ = _checked(data, seed, to_train=False)
     data_dir = Path(data.data_dir or ".")
@@ -98,7 +98,7 @@ def sources(data: DataConfig, seed: int) -> dict[str, Source]:
         read = functools.partial(_example, pairs, table, reading.meaning, white)
         return Source("folder", split, reading.names, identity, len(pairs), read, stems, kept)
 
-    # Mixed evenly: of the first N both have their share.
+    # Mixed evenly, so that the first N pictures have their share of both.
     both = [splits["train"], splits["validation"]]
     placed = [((i + 0.5) / len(pairs), pair) for pairs in both for i, pair in enumerate(pairs)]
     train = [pair for _, pair in sorted(placed, key=lambda item: item[0])]
@@ -139,7 +139,7 @@ def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
 
 
 def _too_little(needed: set[str], splits: Splits, reading: Reading, listed: bool) -> Problems:
-    """What a folder lacks to be trained on; listed: it has a list of its test split."""
+    """What a folder lacks for a training. listed: it has a list of its test split."""
     empty = [split for split in sorted(needed) if not splits[split]]
     hint = " (--test-fraction 0 trains without a test)" if empty == ["test"] and not listed else ""
     occurring = [name for i, name in enumerate(reading.names) if i in reading.pixels]
@@ -151,7 +151,7 @@ def _too_little(needed: set[str], splits: Splits, reading: Reading, listed: bool
 
 
 def _notes(seen: Mapping[str, Seen], reading: Reading, brightest: int, white: int) -> list[str]:
-    """What the user should know of how the folder is read."""
+    """What the user should know about how the folder is read."""
     notes = []
     if reading.meaning == "class" and any(IGNORE_LABEL in mask.counts for mask in seen.values()):
         notes.append(f"its masks hold 0 and 255 alone: taken as {reading.names[0]} (0) and {reading.names[1]} (255)")
@@ -165,7 +165,7 @@ def _notes(seen: Mapping[str, Seen], reading: Reading, brightest: int, white: in
 
 @functools.lru_cache(maxsize=1)  # a run asks twice: for the class names, and then for the pictures
 def _inspect(pairs: tuple[Pair, ...], table: Table) -> tuple[dict[str, Seen], int, Problems]:
-    """Reads everything: what each mask holds by its stem, the largest value of 16-bit grey, and what is wrong."""
+    """Reads everything: what each mask holds, by stem; the largest value of 16-bit grey; and what is wrong."""
     unusable: list[str] = []
     sizes: list[str] = []
     grey: list[int] = [0]

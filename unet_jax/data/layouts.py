@@ -1,4 +1,4 @@
-"""Where a folder of one's own pictures keeps what, told from the names in it: the rest reads all layouts alike."""
+"""The layout of a folder of your own pictures, told from the names in it. The rest of the code reads all alike."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ PARTS = {  # the folders that make a layout
 
 
 class Place(NamedTuple):
-    """A folder of pictures and that of their masks, or one of both. Their stems in the set begin with the prefix."""
+    """A folder of pictures and one of their masks, maybe the same. Their stems in the set begin with the prefix."""
 
     prefix: str
     images: Path
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     """Where everything is.
 
     lists is the folder of train.txt, val.txt and test.txt, and classes the file of classes: neither need exist. In a
-    sparse set pictures may have no mask. unpaired are folders of pictures or masks that lack the other.
+    sparse set pictures may have no mask. unpaired are folders of pictures without one of masks, or the other way round.
     """
 
     name: str
@@ -44,10 +44,10 @@ def find(data_dir: Path) -> Layout:
     """The layout of a folder.
 
     Raises:
-      InputError: it has none of them; the line names the nearest and what is missing.
+      InputError: it has none that is known; the line names the nearest and what is missing.
     """
     missing = _missing(data_dir)
-    name = min(missing, key=lambda name: len(missing[name]))  # of equals the first
+    name = min(missing, key=lambda name: len(missing[name]))  # the first of equals
     classes = data_dir / "classes.json"
     if len(missing[name]) == 2 and any(data_dir.glob("*_mask.*")):
         return Layout("NAME beside NAME_mask", [Place("", data_dir, data_dir)], data_dir, classes)

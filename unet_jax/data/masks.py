@@ -1,7 +1,7 @@
-"""Masks: files to labels, and what has to be known of all of a set before one is read.
+"""Masks: from files to labels, and what must be known of a whole set before one of them is read.
 
-A mask alone does not say what it means: 255 is a class in one set and no class in another, and an index has the colour
-of each file's own palette. So a set is looked at as a whole, and refused where its masks do not agree.
+A single mask does not say what it means: 255 is a class in one set and no class in another, and each file's own palette
+gives an index its colour. So a set is looked at as a whole, and refused if its masks do not agree.
 """
 
 from collections import Counter
@@ -20,17 +20,17 @@ from unet_jax.errors import InputError
 
 FORMATS = ["PNG", "GIF", "TIFF", "BMP"]  # a JPEG's values are not those that were saved
 INDICES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes of one value a pixel
-MAX_COUNTED = 64  # more values are rather the shades of an antialiased mask than classes, unless names say otherwise
+MAX_COUNTED = 64  # more values are shades of an antialiased mask and not classes, unless names say otherwise
 MAX_KEPT = 512  # of a mask's values: more than can be listed
 UNLISTED = -1  # the label of what a table does not list
 BINARY = ("background", "foreground")
-STRAY = 0.01  # of the pixels of 0 or of 255, whichever are fewer: less of other values is an accident
+STRAY = 0.01  # share of the pixels of 0 or of 255, whichever are fewer: less of other values is an accident
 
 
 class Seen(NamedTuple):
-    """What a mask holds: pixels by value (or COLOUR + 0xRRGGBB), and the colour of each index of a palette that occurs.
+    """What a mask holds: pixels by value (or COLOUR + 0xRRGGBB), and the colour of each palette index that occurs.
 
-    alpha tells whether transparency varies: not, over one colour alone, or beside other values.
+    alpha says whether transparency varies: not at all, over a single colour, or beside several values.
     """
 
     size: tuple[int, int]
@@ -58,7 +58,7 @@ def look(path: Path, table: Table) -> Seen:
 
 
 def read(path: Path, table: Table, meaning: Meaning | None) -> np.ndarray:
-    """The labels uint8 [H, W] of a mask of a set in which `judge` has found no problem; raises as `look` does."""
+    """The labels uint8 [H, W] of a mask, from a set in which `judge` found no problem; raises as `look` does."""
     values = _values(_open(path), path, in_colours(table))
     if not table:
         return np.where(values == IGNORE_LABEL, 1 if meaning == "class" else IGNORE_LABEL, values).astype(np.uint8)
@@ -75,8 +75,8 @@ def _open(path: Path) -> Image.Image:
             image.load()
             if image.mode == "F":
                 raise InputError("has floating-point values: save it with 8 or 16 bits")
-            upright = ImageOps.exif_transpose(image)  # each by its own: a camera's tool may have kept it in either
-            # A GIF has no other way to hold greys, and Pillow numbers them anew when it saves them.
+            upright = ImageOps.exif_transpose(image)  # a tool may have kept the orientation in either file
+            # A GIF holds greys only in a palette, and Pillow renumbers them when it saves them.
             return upright.convert("L") if image.format == "GIF" and _has_greys_alone(image) else upright
     except UnidentifiedImageError:
         raise InputError(f"{path}: is no PNG (nor a GIF, TIFF or BMP)") from None
@@ -89,9 +89,9 @@ def _has_greys_alone(image: Image.Image) -> bool:
 
 
 def _values(image: Image.Image, path: Path, colours: bool) -> np.ndarray:
-    """Values [H, W], or of a mask in colours COLOUR + 0xRRGGBB."""
+    """Values [H, W]; for a mask in colours, COLOUR + 0xRRGGBB."""
     if image.mode in INDICES and not colours:
-        return np.asarray(image) + np.uint8(0)  # of one bit: no booleans
+        return np.asarray(image) + np.uint8(0)  # so that masks of one bit are not booleans
     if image.mode.startswith("I") and np.asarray(image).max() > 255:  # Pillow would clip them
         raise InputError(f"{path}: has values above 255, which are no colours")
     rgba = np.asarray(image.convert("RGBA"))
@@ -101,7 +101,7 @@ def _values(image: Image.Image, path: Path, colours: bool) -> np.ndarray:
 
 
 def _count(values: np.ndarray) -> dict[int, int]:
-    """Pixels by value, of too many values those of most pixels: from the runs of a mask, which are few."""
+    """Pixels by value, of at most the MAX_KEPT most frequent values. It counts the runs of a mask, which are few."""
     flat = values.ravel()
     starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
     found, where = np.unique(flat[starts], return_inverse=True)
@@ -113,16 +113,16 @@ class Reading(NamedTuple):
     """How a set of masks is read, what is wrong with it by kind, and what to do about that."""
 
     names: tuple[str, ...]
-    meaning: Meaning | None  # of 255; None where it does not occur, or a table says it
+    meaning: Meaning | None  # of 255; None if it does not occur, or if a table says it
     pixels: Mapping[int, int]  # of each label
     problems: Problems
     advice: str = ""
 
 
 def judge(seen: Mapping[str, Seen], names: tuple[str, ...], table: Table, wanted: Meaning | None) -> Reading:
-    """Settles what the masks of a set, by their stems, mean together.
+    """Decides what the masks of a set, given by stem, mean together.
 
-    `names` () are counted; `wanted` is what 255 is to mean, None: what the masks say.
+    With `names` () the classes are counted. `wanted` is the meaning of 255; if it is None, the masks decide.
     """
     problems: Problems = {"masks whose shapes are in the alpha channel alone (save them in grey)": _veiled(seen)}
     in_colours = [stem for stem, mask in seen.items() if not table and max(mask.counts) >= COLOUR]
@@ -169,13 +169,13 @@ def _sum(counts: Iterable[Mapping[int, int]]) -> Counter[int]:
 
 
 def _veiled(seen: Mapping[str, Seen]) -> list[str]:
-    """Masks whose alpha varies over one colour, unless others show that it goes along with colours."""
+    """Masks whose alpha varies over a single colour, unless in others it varies beside colours."""
     by_kind = {kind: [stem for stem, mask in seen.items() if mask.alpha == kind] for kind in ("alone", "beside")}
     return [] if by_kind["beside"] else by_kind["alone"]
 
 
 def _clashes(seen: Mapping[str, Seen]) -> list[str]:
-    """A text for each index that has different colours in the palettes of masks that it occurs in."""
+    """A text for each index whose colour differs between the palettes of masks in which it occurs."""
     first: dict[int, tuple[int, str]] = {}
     clashes: dict[int, str] = {}
     for stem, mask in seen.items():
@@ -187,7 +187,7 @@ def _clashes(seen: Mapping[str, Seen]) -> list[str]:
 
 
 def _colours(seen: Mapping[str, Seen]) -> list[int]:
-    """The codes of all colours, those of most pixels first; a value without a palette is a grey."""
+    """The codes of all colours, the most frequent first; a value without a palette is a grey."""
     pixels: Counter[int] = Counter()
     for mask in seen.values():
         for value, count in mask.counts.items():
@@ -197,7 +197,7 @@ def _colours(seen: Mapping[str, Seen]) -> list[int]:
 
 
 def _listing(names: Sequence[str], classes: Sequence[int], ignored: Iterable[int] = ()) -> str:
-    """What to write where masks do not speak for themselves: a classes.json, filled in."""
+    """What to write if the masks do not speak for themselves: a classes.json, filled in."""
     ignored = sorted(ignored)
     if len(classes) + len(ignored) > max(MAX_COUNTED, len(names)):
         return "so many values are shades: save masks without smoothing, and never as JPEG"
@@ -210,7 +210,7 @@ def _listing(names: Sequence[str], classes: Sequence[int], ignored: Iterable[int
 
 
 def _meaning_of_255(seen: Mapping[str, Seen], classes: int, wanted: Meaning | None) -> tuple[Meaning | None, Problems]:
-    """What 255 means, and what speaks against it: it is a class where nothing but 0 occurs beside it."""
+    """What 255 means, and what speaks against it. It is a class if only 0 occurs beside it."""
     kinds: dict[str, list[str]] = {kind: [] for kind in ("ground", "classes", "binary", "strays", "both")}
     for stem, mask in seen.items():
         kinds[_kind(mask)].append(stem)
@@ -242,5 +242,5 @@ def _kind(mask: Seen) -> str:
         return "classes" if rest else "ground"
     if not rest:
         return "binary"
-    least = min(zero, void)  # where points are marked, 0 has as few as any class
+    least = min(zero, void)  # if only points are marked, 0 has as few pixels as any class
     return "strays" if rest < max(STRAY * least, min(5, least / 10)) else "both"

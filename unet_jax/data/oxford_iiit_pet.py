@@ -1,4 +1,4 @@
-"""Oxford-IIIT Pet as TFDS prepares it: downloads, prepares and reads it, all of it without TensorFlow."""
+"""Oxford-IIIT Pet as TFDS prepares it: downloaded, prepared and read without TensorFlow."""
 
 import contextlib
 import fcntl
@@ -29,11 +29,11 @@ from unet_jax.folders import home
 NAME = "oxford_iiit_pet"
 VERSION = "4.0.0"
 CLASS_NAMES = ("pet", "background", "border")  # the trimap's 1, 2, 3
-FILE_FORMAT = "array_record"  # of TFDS's formats the one that is read by index and without TensorFlow
+FILE_FORMAT = "array_record"  # the format of TFDS that can be read by index and without TensorFlow
 
 
 class Archives(NamedTuple):
-    """The addresses of the two archives; `checksums`: address -> (bytes, SHA-256), None for those TFDS comes with."""
+    """The addresses of the two archives. `checksums`: address -> (bytes, SHA-256); None: those that TFDS has."""
 
     images: str
     annotations: str
@@ -65,7 +65,7 @@ def is_reachable(timeout: float = 3.0, archives: Archives = OFFICIAL) -> bool:
                 socket.create_connection(address, timeout).close()
             answered.append(True)
 
-    thread = threading.Thread(target=connect, daemon=True)  # a name server that keeps silent knows no timeout
+    thread = threading.Thread(target=connect, daemon=True)  # a silent name server would ignore the timeout
     thread.start()
     thread.join(timeout)
     return bool(answered)
@@ -74,14 +74,14 @@ def is_reachable(timeout: float = 3.0, archives: Archives = OFFICIAL) -> bool:
 def prepare(data_dir: Path, archives: Archives = OFFICIAL) -> None:
     """Downloads the archives (0.8 GB) and prepares the dataset in `data_dir`, unless it is there already.
 
-    The archives stay in `data_dir/downloads`, as TFDS leaves them; a further try takes them from there. InputError for
-    a download that fails, an archive or picture that cannot be read, and a full disk: then nothing half done is left.
+    The archives stay in `data_dir/downloads`, as TFDS leaves them; another try uses them. InputError if a download
+    fails, an archive or picture cannot be read, or the disk is full: then nothing half done is left.
     """
     try:
         with _locked(data_dir / NAME):
             if not is_prepared(data_dir):
                 _download_and_prepare(data_dir, archives)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what the shards' writer makes of a full disk
+    except (OSError, RuntimeError) as error:  # the shards' writer turns a full disk into a RuntimeError
         raise InputError(f"cannot prepare {NAME} in {data_dir}: {_first_line(error)}") from error
     if not is_prepared(data_dir):
         raise InputError(f"{data_dir / NAME / VERSION} is in the way and holds no dataset: remove it")
@@ -90,9 +90,9 @@ def prepare(data_dir: Path, archives: Archives = OFFICIAL) -> None:
 def source(data_dir: Path, split: str) -> Source:
     """The split "train" (3680 pictures) or "test" (3669), in TFDS's order; InputError if it is not in `data_dir`.
 
-    `read(i)` gives the RGB image uint8 [H, W, 3] and labels uint8 [H, W], 0 to 2 as in CLASS_NAMES. It raises
-    InputError, naming the picture, where that or its mask cannot be decoded, the two differ in size, or the mask has
-    values other than 1 to 3.
+    `read(i)` gives the RGB image uint8 [H, W, 3] and labels uint8 [H, W], 0 to 2 as in CLASS_NAMES. It raises an
+    InputError that names the picture, if the picture or its mask cannot be decoded, the two differ in size, or the mask
+    has values other than 1 to 3.
     """
     splits = _splits(data_dir)
     if splits is None:
@@ -119,7 +119,7 @@ def source(data_dir: Path, split: str) -> Source:
 
 
 def _splits(data_dir: Path) -> dict[str, tuple[int, list[Path]]] | None:
-    """Each split's size and shards, by TFDS's description of the dataset; None if there is none."""
+    """Each split's size and shards, from TFDS's description of the dataset; None if there is none."""
     folder = data_dir / NAME / VERSION
     try:
         info = json.loads((folder / "dataset_info.json").read_text())
@@ -182,7 +182,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB":
         return picture
     if "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # Pillow warns of the direct way
+        picture = picture.convert("RGBA")  # Pillow warns if this step is left out
     return picture.convert("RGB")
 
 
@@ -193,7 +193,7 @@ def _download_and_prepare(data_dir: Path, archives: Archives) -> None:
         raise InputError(f"cannot connect to {urllib.parse.urlsplit(archives.images).netloc}: check network and proxy")
     config = tfds.download.DownloadConfig(try_download_gcs=False, force_checksums_validation=True)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is the program's
+        with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the program
             _builder(data_dir, archives).download_and_prepare(download_config=config, file_format=FILE_FORMAT)
     finally:
         for unfinished in (data_dir / "downloads" / NAME).glob("*.tmp.*"):
@@ -201,7 +201,7 @@ def _download_and_prepare(data_dir: Path, archives: Archives) -> None:
 
 
 def _builder(data_dir: Path, archives: Archives) -> Any:
-    """TFDS's own builder, but for the parts of it that need TensorFlow."""
+    """TFDS's own builder, without the parts that need TensorFlow."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.checksums import UrlInfo
 
@@ -216,7 +216,7 @@ def _builder(data_dir: Path, archives: Archives) -> Any:
             url_infos = official.url_infos | {url: UrlInfo(*known, None) for url, known in checksums.items()}
 
             def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-                # One after the other: after an error nothing goes on downloading, and the small one fails first.
+                # One after the other: after an error no download continues, and the small archive fails first.
                 annotations = _Files(_members(_fetch(dl_manager, archives.annotations)))
                 images = _fetch(dl_manager, archives.images)
                 lists = {"train": "trainval.txt", "test": "test.txt"}
@@ -234,7 +234,7 @@ def _fetch(dl_manager: Any, url: str) -> Path:
     except NonMatchingChecksumError as error:
         raise InputError(f"what {url} sent is not the archive that TFDS knows (checksum): try again") from error
     except (DownloadError, OSError) as error:
-        if getattr(error, "errno", None):  # the disk's, not the network's
+        if getattr(error, "errno", None):  # an error of the disk, not of the network
             raise
         raise InputError(f"the download of {url} broke off, try again: {_first_line(error)}") from error
 
@@ -245,13 +245,13 @@ class _Files(dict[str, bytes]):
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(file name, bytes) of what is in an archive, in its order: read as a stream, since gzip has no index."""
+    """(file name, bytes) of each file in an archive, in its order; read as a stream, since gzip has no index."""
     try:
         with tarfile.open(path, "r|*") as archive:  # named .tar.gz, gzipped or not
             for member in archive:
                 name = PurePosixPath(member.name).name
                 file = archive.extractfile(member)
-                if file and not name.startswith("._"):  # a Mac's own files
+                if file and not name.startswith("._"):  # files that macOS adds
                     yield name, file.read()
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise InputError(f"{path} is a damaged archive, remove it and try again: {error}") from error
@@ -282,7 +282,7 @@ def _examples(images: Path, annotations: Mapping[str, bytes], listed: str) -> It
 
 
 def _rgb_jpeg(name: str, data: bytes) -> bytes:
-    """The same bytes where they are what their name says; some are PNG or GIF, grey, or have bytes after the end."""
+    """The same bytes if they are an RGB JPEG; some are PNG or GIF, grey, or have bytes after the end."""
     picture = _picture(name, data)
     if picture.format == "JPEG" and picture.mode == "RGB" and data.endswith(b"\xff\xd9"):
         return data
@@ -292,7 +292,7 @@ def _rgb_jpeg(name: str, data: bytes) -> bytes:
 
 
 def _head_box(name: str, xml: bytes | None) -> np.ndarray:
-    """ymin, xmin, ymax, xmax as fractions of height and width; zeros for a picture without (most of the test split)."""
+    """ymin, xmin, ymax, xmax as fractions of height and width; zeros if there is no box (most of the test split)."""
     if xml is None:
         return np.zeros(4)
     try:
@@ -306,7 +306,7 @@ def _head_box(name: str, xml: bytes | None) -> np.ndarray:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps out a second process that would prepare the same: it waits, and then finds it prepared."""
+    """Keeps a second process from preparing the same dataset: it waits, and then finds it prepared."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

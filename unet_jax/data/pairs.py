@@ -15,7 +15,7 @@ Problems = dict[str, list[Any]]  # what is wrong, and where
 
 
 class File(NamedTuple):
-    """A file, and what tells that it has changed."""
+    """A file, and what shows that it has changed."""
 
     path: Path
     size: int
@@ -34,9 +34,9 @@ Splits = dict[str, list[Pair]]  # train, validation, test
 
 
 def split(layout: Layout, test_fraction: float, seed: int) -> tuple[Splits, Problems, list[str]]:
-    """The pairs of each split, in the order of its list or else in one drawn by the seed.
+    """The pairs of each split, what is wrong, and lines about what is left out.
 
-    Besides what is wrong there, and lines about what is left out.
+    The pairs have the order of the split's list, or else an order drawn by the seed.
     """
     images, masks_, problems, left_out = _pairs(layout)
     lists = _lists(layout.lists, images, images.keys() | masks_.keys())
@@ -44,7 +44,7 @@ def split(layout: Layout, test_fraction: float, seed: int) -> tuple[Splits, Prob
     if layout.sparse and (bare := unlisted - masks_.keys()):
         unlisted -= bare
         left_out.append(f"pictures without a mask are left out: {len(bare)} ({some(sorted(bare))})")
-    # By a hash and not by a shuffle: pictures that are added later leave the others on their side, all but a few.
+    # By a hash and not by a shuffle: if pictures are added later, all but a few of the others stay in their split.
     others = sorted(
         unlisted, key=lambda stem: hashlib.sha256(f"{seed} {stem}".encode(errors="surrogateescape")).digest()
     )
@@ -79,9 +79,9 @@ def _pairs(layout: Layout) -> tuple[dict[str, File], dict[str, File], Problems, 
     left_out = [f"folders in {where} are left out: {len(folders)} ({some(folders)})"] if folders else []
     beside = {stem.removesuffix("_mask") for stem, _ in masks_ if stem.endswith("_mask")}
     drawn = {stem for stem, _ in masks_ if stem.endswith("_overlay") and stem.removesuffix("_overlay") in beside}
-    if drawn:  # by our own predictions
+    if drawn:  # by our own `predict`
         left_out.append(f"overlays in {in_masks} are left out: {len(drawn)} ({some(sorted(drawn))})")
-    if in_images == in_masks:  # side by side with the lists, too
+    if in_images == in_masks:  # the lists are in the same folder
         masks_ = [(stem, file) for stem, file in masks_ if stem.endswith("_mask")]
         pictures = [(stem, file) for stem, file in images if file.path.suffix not in (".txt", ".json")]
         images = [(stem, file) for stem, file in pictures if stem not in drawn and not stem.endswith("_mask")]
@@ -93,7 +93,7 @@ def _pairs(layout: Layout) -> tuple[dict[str, File], dict[str, File], Problems, 
 
 
 def _names(layout: Layout) -> tuple[str, str]:
-    """The folders of pictures and of masks, as the user is told of them."""
+    """The folders of pictures and of masks, as messages name them."""
     _, images, masks = layout.places[0]
     return f"{images.absolute().name}/", f"{masks.absolute().name}/"
 
@@ -104,7 +104,7 @@ def _picture_of(stem: str, images: Mapping[str, File]) -> str:
 
 
 def _files(folders: Mapping[str, Path]) -> tuple[list[tuple[str, File]], list[Path]]:
-    """Files by stem, and the other folders, in these folders by their prefixes."""
+    """What is in these folders, given by prefix: the files by stem, and other folders."""
     try:
         paths = [(prefix, path) for prefix, folder in folders.items() for path in sorted(folder.iterdir())]
     except OSError as error:
@@ -129,7 +129,7 @@ def _lists(folder: Path, images: Mapping[str, File], stems: Iterable[str]) -> di
 
 
 def _lines(path: Path, images: Mapping[str, File]) -> list[str]:
-    """The stems in a list: of a line that is none, that of the file that it names."""
+    """The stems in a list. A line may also name a file, which has the stem."""
     lines = [line.strip() for line in path.read_text("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
     readings = [(line, line.rpartition(".")[0], PurePath(line).stem) for line in lines]
     return [next((stem for stem in reading if stem in images), reading[0]) for reading in readings]

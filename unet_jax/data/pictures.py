@@ -1,4 +1,4 @@
-"""Picture files as arrays, read in one way for training and for predictions."""
+"""Picture files as arrays, read in the same way for training and for prediction."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from unet_jax.errors import InputError
 
 Image.init()
-# The common formats, and none whose reader starts other programs.
+# The common formats, without those whose reader starts other programs.
 FORMATS: list[str] = [
     name for name in ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM") if name in Image.OPEN
 ]
 MAX_PIXELS = 89_478_485  # of a picture; Pillow's own limit for what may be a decompression bomb
-WHITE = 65535  # the value of 16 bits that becomes 255, where nothing else is said
-DEPTHS = (8, 10, 12, 14)  # bits of cameras and microscopes that store 16
-COLOUR_MODES = ("RGB", "RGBA", "LA", "CMYK")  # that Pillow cuts to 8 bits
-SUBFILE_TYPE, REDUCED_OR_MASK = 254, 0b101  # of TIFF: pages that belong to the first
+WHITE = 65535  # the 16-bit value that becomes 255, by default
+DEPTHS = (8, 10, 12, 14)  # bits that cameras and microscopes use of the 16 that they store
+COLOUR_MODES = ("RGB", "RGBA", "LA", "CMYK")  # which Pillow cuts to 8 bits
+SUBFILE_TYPE, REDUCED_OR_MASK = 254, 0b101  # of TIFF: they mark pages that belong to the first
 
 
 class Pixels(NamedTuple):
-    """A picture upright, with what tells how it is to be scaled.
+    """An upright picture, with what decides how it is scaled.
 
-    values is uint8 [H, W, 3], or of 16 bits of grey uint16 [H, W]; cut is true of 16 bits of colour, of which Pillow
-    reads the upper 8 alone.
+    values is uint8 [H, W, 3], or uint16 [H, W] for 16-bit grey. cut is true for 16-bit colours: Pillow reads only the
+    upper 8 bits.
     """
 
     values: np.ndarray
@@ -34,12 +34,12 @@ class Pixels(NamedTuple):
 
     @property
     def brightest(self) -> int:
-        """The largest value in 16 bits; 0 of a picture of 8 bits."""
+        """The largest 16-bit value; 0 for a picture of 8 bits."""
         return int(self.values.max()) * (257 if self.cut else 1) if self.cut or self.values.ndim == 2 else 0
 
 
 def read_picture(path: Path, white: int = WHITE) -> np.ndarray:
-    """The picture in a file as uint8 [H, W, 3]: upright, transparent parts on white, 16 bits of grey by `scale`.
+    """The picture in a file as uint8 [H, W, 3]: upright, transparent parts on white, 16-bit grey by `scale`.
 
     Raises:
       InputError: it cannot be read whole, is one of several in its file, or is larger than MAX_PIXELS.
@@ -48,7 +48,7 @@ def read_picture(path: Path, white: int = WHITE) -> np.ndarray:
 
 
 def scale(values: np.ndarray, white: int) -> np.ndarray:
-    """uint8 [H, W, 3] of what `decode` gives: 16 bits of grey are divided so that `white` and above become 255."""
+    """uint8 [H, W, 3] from the values of `decode`: 16-bit grey is divided so that `white` and above become 255."""
     if values.ndim == 3:
         return values
     grey = (values.clip(0, white).astype(np.uint32) * 255 // white).astype(np.uint8)
@@ -56,15 +56,15 @@ def scale(values: np.ndarray, white: int) -> np.ndarray:
 
 
 def white_of(brightest: int) -> int:
-    """The white of pictures of 16 bits whose largest value this is: that of the fewest usual bits that hold it.
+    """The white of 16-bit pictures with this largest value: the largest value of the fewest usual bits that hold it.
 
-    A power of two, and of all pictures together: a picture's own range would change the light from one to the next.
+    It depends on bits and on all pictures together: each picture's own range would make the light differ between them.
     """
     return next((2**bits - 1 for bits in DEPTHS if brightest < 2**bits), WHITE)
 
 
 def decode(path: Path) -> Pixels:
-    """The picture in a file, 16 bits of grey not yet scaled; raises as `read_picture` does."""
+    """The picture in a file, its 16-bit grey not yet scaled; raises as `read_picture` does."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -84,9 +84,9 @@ def decode(path: Path) -> Pixels:
 
 
 def one_of_one(image: Image.Image) -> None:
-    """Raises InputError for a file of several pictures, of which the first alone would be read.
+    """Raises InputError for a file of several pictures: only the first would be read.
 
-    A TIFF's thumbnails and transparency masks are no pictures, nor are the previews beside a phone's JPEG.
+    A TIFF's thumbnails and transparency masks do not count as pictures, nor do the previews beside a phone's JPEG.
     """
     frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
     if image.format == "TIFF":

@@ -1,4 +1,4 @@
-"""What every dataset looks like to the rest: a numbered list of pictures with their labels, not yet read."""
+"""What every dataset is to the rest of the code: a numbered list of pictures with labels, not yet read."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -18,8 +18,8 @@ class Source(NamedTuple):
     """One split of a dataset. Nothing is opened before the first `read`.
 
     `identity` is what the pictures depend on, in JSON's types: the cache is keyed by it. `read(i)`, for 0 <= i < size,
-    may be called from many threads and raises InputError, naming the picture, for one that cannot be read. `names`
-    are the pictures', where they are known before; `validation` those of them that the dataset itself keeps for that.
+    may be called from many threads. It raises an InputError that names the picture, if this cannot be read. `names` are
+    the names of the pictures, if they are known before; `validation` has those that the dataset itself keeps for that.
     """
 
     dataset: str

@@ -1,8 +1,8 @@
 """Synthetic pets: drawn cats and dogs with the classes of Oxford-IIIT Pet, for tests and demos without a download.
 
-A scene lives in the unit square and is drawn from signed distances (negative inside), so the same scene comes out at
-any resolution, with smooth edges in the image and crisp labels. Pixels see only operations that IEEE 754 rounds exactly
-(no sin, no exp, no matrix product): that is what makes a picture the same on every machine.
+A scene lives in the unit square and is drawn from signed distances (negative inside), so the same scene can be drawn at
+any resolution, with smooth edges in the image and crisp labels. Pixels are computed only by operations that IEEE 754
+rounds exactly (no sin, no exp, no matrix product), so a picture is the same on every machine.
 """
 
 import zlib
@@ -16,7 +16,7 @@ from unet_jax.errors import InputError
 VERSION = 1  # raise it whenever a picture changes: prepared copies are keyed by it
 CLASS_NAMES = ("pet", "background", "border")
 _PET, _BACKGROUND, _BORDER = np.arange(3, dtype=np.uint8)
-_BORDER_WIDTH = 0.033  # of the picture's side; about the border's share of the real data, 12 %
+_BORDER_WIDTH = 0.033  # of the picture's side; the border then has about its share in the real data, 12 %
 
 _Limb = tuple[float, float, float, float, float, float]  # x, y of both ends, then the radius at each
 
@@ -72,7 +72,7 @@ def _limb(p: np.ndarray, limb: _Limb) -> np.ndarray:
 
 
 def _join(a: np.ndarray, b: np.ndarray, smooth: float = 0.1) -> np.ndarray:
-    """Signed distance of the union, its crease filled as flesh fills it."""
+    """Signed distance of the union, with its crease filled smoothly."""
     crease = np.maximum(smooth - np.abs(a - b), 0)
     return np.minimum(a, b) - crease * crease / (4 * smooth)
 
@@ -120,7 +120,7 @@ def _texture(rng: np.random.Generator, p: np.ndarray, colours: np.ndarray, contr
 
 
 def _paint(image: np.ndarray, distance: np.ndarray, colour: np.ndarray, rim: float = 0) -> None:
-    """Paints a shape onto image [3, n, n] in place; a shade that deepens over its rim makes it look round."""
+    """Paints a shape onto image [3, n, n] in place; it is darker over its rim, which makes it look round."""
     n = image.shape[-1]
     touched = distance < 0.5 / n
     rows, columns = touched.any(1).nonzero()[0], touched.any(0).nonzero()[0]
@@ -137,7 +137,7 @@ def _paint(image: np.ndarray, distance: np.ndarray, colour: np.ndarray, rim: flo
 def _head(
     rng: np.random.Generator, h: np.ndarray, scale: float, image: np.ndarray, coat: np.ndarray, dark: np.ndarray
 ) -> np.ndarray:
-    """Paints the head of a cat or a dog, seen from its middle, and returns its signed distance."""
+    """Paints the head of a cat or a dog, in coordinates from its middle, and returns its signed distance."""
 
     def paint(distance: np.ndarray, colour: np.ndarray, rim: float = 0) -> None:
         _paint(image, distance * scale, colour, rim)
@@ -194,7 +194,7 @@ def _draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     floor = rng.uniform(0.45, 0.75) + rng.uniform(-0.1, 0.1) * p[0] - p[1]
     _paint(image, floor, _texture(rng, p, _pick(rng, _DECOR), contrast=0.6))
     fur = _pick(rng, _FUR)
-    for own in (True, False, True, False):  # cushions and balls, some in the pet's own fur: colour must not tell
+    for own in (True, False, True, False):  # cushions and balls, some in the pet's fur: colour alone must not tell
         x, y, dx, dy, r = _between(rng, (0, 1), (0.1, 0.95), (0.1, 0.3), (-0.1, 0.1), (0.04, 0.12))
         thing = _disc(p, x, y, r) if rng.random() < 0.4 else _limb(p, (x, y, x + dx, y + dy, r, 0.8 * r))
         _paint(image, thing, _texture(rng, p, fur if own else _pick(rng, _FUR)), rim=0.09)
@@ -211,7 +211,7 @@ def _draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def source(split: str, size: int, image_size: int, seed: int = 0) -> Source:
-    """`size` scenes drawn at `image_size` pixels a side; any name is a split, and no two splits share a scene."""
+    """`size` scenes, drawn at `image_size` pixels a side. Any name is a split; no two splits share a scene."""
     if image_size < 16 or size < 1 or seed < 0:
         raise InputError(
             "synthetic pets need image_size >= 16, size >= 1 and seed >= 0, "
