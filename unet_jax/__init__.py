@@ -16,8 +16,8 @@
     loss = unet_jax.cross_entropy  # or log_dice, soft_dice, make_loss("cross_entropy+soft_dice")
 
 `UNet` has the textbook layers of `unet_jax.layers`. `load`, `run`, the commands and `unet_jax.train.make_model` choose
-the layers that are fastest on the device; by hand that is `UNet(layers=device.fast_layers(device.placement()))`, with
-`from unet_jax import device`. The parameters are the same.
+the layers that are fastest on the device. To choose them yourself, write
+`UNet(layers=device.fast_layers(device.placement()))`, with `from unet_jax import device`. The parameters are the same.
 """
 
 import importlib
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["UNet", "__version__", "cross_entropy", "load", "log_dice", "make_loss", "run", "soft_dice"]
 
-# Imported when they are asked for: --help and `import unet_jax` wait for no JAX, `UNet` for nothing that reads files.
+# Imported on first use, so that --help and `import unet_jax` do not wait for JAX, nor `UNet` for code that reads files.
 _MODULES = {
     "UNet": "model",
     **dict.fromkeys(("cross_entropy", "log_dice", "make_loss", "soft_dice"), "losses"),

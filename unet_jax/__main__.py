@@ -11,7 +11,7 @@ COMMANDS = {
     "train": "train a variant on pets or on your own pictures, or resume its run",
     "evaluate": "score a run on a split of its pictures, or on others",
     "predict": "write a mask and an overlay for each of your pictures",
-    "export": "write a run as one file, which jax alone can call",
+    "export": "write a run as one file, for jax alone, ONNX Runtime or unet_jax",
     "import-torch": "make a run from PyTorch weights",
     "report": "compare runs with the published ones, in a table and a figure",
 }

@@ -1,7 +1,7 @@
 """Random changes of pictures and their masks: pure functions of a key, for use inside jit.
 
-First parameters are drawn; `warp` (one affine map, which moves picture and mask alike) and `recolour` (one colour
-matrix; Haeberli 1993, Matrix operations for image processing) then apply them and know no chance.
+Parameters are drawn first. Then `warp` (one affine map for picture and mask alike) and `recolour` (one colour matrix;
+Haeberli 1993, Matrix operations for image processing) apply them. Neither of the two is random.
 """
 
 from functools import partial
@@ -16,10 +16,10 @@ from unet_jax.config import IGNORE_LABEL, Augment
 
 
 class Change(NamedTuple):
-    """What happens to N pictures: arrays float32 [N]. In RANGES: from where to where each is drawn."""
+    """The parameters of a change to N pictures: float32 arrays [N]. In RANGES: the lowest and highest value of each."""
 
     flip: Any  # left and right change places where it is negative
-    log_scale: Any  # natural logarithm of the side of the window that is seen, over the picture's
+    log_scale: Any  # natural logarithm of the visible window's side over the picture's side
     shift_y: Any  # from -1 (the window touches the top or left edge) to 1
     shift_x: Any
     angle: Any  # radians
@@ -56,8 +56,8 @@ def augment(key: Array, images: ArrayLike, labels: ArrayLike, strength: Augment)
 def warp(images: ArrayLike, labels: ArrayLike, change: Change) -> tuple[Array, Array]:
     """Flips, crops, scales and turns uint8 pictures [N, H, W, C] and labels [N, H, W]: float32 and uint8, same shapes.
 
-    The picture is interpolated bilinearly; the mask takes the nearest pixel, so that no class is invented. What comes
-    from outside the picture has the label IGNORE_LABEL and the edge's colours.
+    The picture is interpolated bilinearly; the mask takes the nearest pixel, so that no class is invented. Pixels
+    from outside the picture get the label IGNORE_LABEL and the colours of the edge.
     """
     n, h, w, channels = jnp.shape(images)
     flip, log_scale, shift_y, shift_x, angle = (p[:, None, None] for p in change[:5])
@@ -71,7 +71,7 @@ def warp(images: ArrayLike, labels: ArrayLike, change: Change) -> tuple[Array, A
     at_y, at_x = jnp.clip(at_y + (h - 1) / 2, 0, h - 1), jnp.clip(at_x + (w - 1) / 2, 0, w - 1)
     top, left = jnp.floor(at_y), jnp.floor(at_x)
     down, right = (at_y - top)[..., None], (at_x - left)[..., None]
-    # A place's four neighbours, labels as a last channel, lie side by side, so that one gather takes all in one piece.
+    # The four neighbours of a position lie side by side, with labels as the last channel: one gather takes them all.
     packed = jnp.concatenate([jnp.asarray(images), jnp.asarray(labels)[..., None]], -1)
     packed = jnp.pad(packed, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
     corners = [packed[:, :h, :w], packed[:, :h, 1:], packed[:, 1:, :w], packed[:, 1:, 1:]]
@@ -89,8 +89,8 @@ def warp(images: ArrayLike, labels: ArrayLike, change: Change) -> tuple[Array, A
 def recolour(images: Array, change: Change) -> Array:
     """Changes brightness, contrast, saturation and hue of float32 pictures [N, H, W, 3] from 0 to 255.
 
-    Contrast is about the picture's own mean grey, saturation about each pixel's grey (ITU-R BT.601's), and hue turns
-    colours about the grey axis.
+    Contrast scales around the picture's mean grey, saturation around each pixel's grey (ITU-R BT.601). Hue rotates
+    colours around the grey axis.
     """
     brightness, contrast, saturation, hue = (p[:, None, None] for p in change[5:])
     grey = jnp.broadcast_to(jnp.float32([[[0.299, 0.587, 0.114]]]), (1, 3, 3))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the train state, and beside it in JSON how far it had come. The only place that knows orbax."""
+"""Checkpoints of a run: the train state, and its progress in JSON. Only this module reads and writes with orbax."""
 
 import functools
 import os
@@ -26,12 +26,12 @@ class Progress(NamedTuple):
     losses: list[float]
 
     def steps(self, steps_per_epoch: int) -> int:
-        """How many steps that makes."""
+        """The number of steps taken so far."""
         return len(self.records) * steps_per_epoch + len(self.losses)
 
 
 class Restored(NamedTuple):
-    """A checkpoint read back, and a line for each newer one that could not be."""
+    """A checkpoint that was read, and a line for each newer one that could not be read."""
 
     state: TrainState
     progress: Progress
@@ -42,11 +42,11 @@ class Restored(NamedTuple):
 def manager(folder: Path, step: int) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a run that goes on from `step`; later ones (damaged, or to be made again) are removed.
 
-    The last two are kept, so that a damaged newest has an elder. Writes happen behind the training where a device has
-    memory of its own. Closing waits for them. All processes of a run save together, each its part, in one folder.
+    The last two are kept, in case the newest is damaged. Where a device has memory of its own, writes happen in the
+    background, and closing waits for them. All processes of a run save together in one folder, each its own part.
 
     Raises:
-      InputError: a write behind the training found the disk full, or not to be written.
+      InputError: a write in the background failed, since the disk is full or not writable.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2,
@@ -66,12 +66,12 @@ def manager(folder: Path, step: int) -> Iterator[ocp.CheckpointManager]:
 
 @contextmanager
 def _disk_errors(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
-    """Tells what the disk refuses as an InputError; it comes through orbax in as many types as there are layers."""
+    """Turns an error of the disk into an InputError. It is known by its text: orbax raises it as one of many types."""
     try:
         yield
     except Exception as error:
         if reason := next((reason for reason in DISK if reason in str(error)), None):
-            message = f"a checkpoint in {checkpoints.directory} cannot be written ({reason}), those before it are whole"
+            message = f"a checkpoint in {checkpoints.directory} cannot be written ({reason}), earlier ones are whole"
             raise InputError(f"{message}: free some room, and the same command goes on") from None
         raise
 
@@ -80,9 +80,9 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, progress: Progre
     """Saves under the state's step.
 
     Raises:
-      InputError: the disk is full, or not to be written. The checkpoints before are left as they are.
+      InputError: the disk is full or not writable. Earlier checkpoints are left as they are.
     """
-    # A copy of the records, to which the next epoch adds while they are being written.
+    # A copy, since the next epoch adds to the records while they are being written.
     notes = {"records": [*progress.records], "losses": progress.losses, "checksum": _checksum(state)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), progress=ocp.args.JsonSave(notes))
     with _disk_errors(checkpoints):
@@ -95,10 +95,10 @@ def exists(folder: Path) -> bool:
 
 
 def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Restored:
-    """The newest checkpoint in `folder` that can be read, as the shapes and dtypes of `abstract`, on `sharding`.
+    """The newest readable checkpoint in `folder`, with the shapes and dtypes of `abstract`, placed by `sharding`.
 
     Raises:
-      InputError: the folder has no checkpoint, or none that can be read or fits the config.
+      InputError: the folder has no checkpoint, or none that can be read and fits the config.
     """
     if not exists(folder):
         raise InputError(f"no complete checkpoint in {folder}: the run was stopped before its first epoch ended")
@@ -123,7 +123,7 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
 
 @contextmanager
 def _reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints of a folder, to be read alone; orbax's warnings that they are not to be written are left out."""
+    """The checkpoints of a folder, read-only, without orbax's warnings that they cannot be written."""
     with quiet("absl"):
         options = ocp.CheckpointManagerOptions(read_only=True)
         with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
@@ -131,12 +131,12 @@ def _reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    # Without those that a run does not use, so that files stay as they were before there were such.
+    # Fields that a run does not use are left out, so that its files are the same as before those fields existed.
     return {name: value for name, value in state._asdict().items() if value is not None}
 
 
 def _checksum(state: TrainState) -> int:
-    # Of arrays, orbax does not notice a bit that has flipped on the disk.
+    # Orbax does not notice when a bit of an array flips on the disk.
     return functools.reduce(lambda value, x: zlib.crc32(np.asarray(x).tobytes(), value), jax.tree.leaves(state), 0)
 
 

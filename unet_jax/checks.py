@@ -45,7 +45,7 @@ def check_config(config: RunConfig) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {amount}: it must be finite and not negative")
     if train.schedule == "cosine" and train.warmup_epochs >= train.epochs:
         raise InputError(f"--warmup-epochs is {train.warmup_epochs}: it must be below --epochs {train.epochs}")
-    if not 0 <= train.seed < 2**32:  # of a larger one JAX takes the last 32 bits
+    if not 0 <= train.seed < 2**32:  # JAX takes only the last 32 bits of a larger one
         raise InputError(f"--seed is {train.seed}: it must be from 0 to {2**32 - 1}")
     if data.class_colours and (
         (data.class_names and len(data.class_colours) != len(data.class_names))
@@ -86,7 +86,7 @@ def check_class_names(names: Sequence[str]) -> None:
 
 
 def check_classes_of_data(names: Sequence[str], source: Sequence[str], dataset: str) -> None:
-    """Raises InputError for class names that are not as many as the dataset's, or its own in another order."""
+    """Raises InputError if the names differ in number from the dataset's, or are the dataset's in another order."""
     if len(names) != len(source) or (set(names) == set(source) and tuple(names) != tuple(source)):
         raise InputError(
             f"--class-names are {', '.join(names)}, but the masks of {dataset} have {len(source)} classes, in this"

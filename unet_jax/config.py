@@ -13,7 +13,7 @@ from unet_jax.errors import InputError
 from unet_jax.published import TEST_LOSSES
 
 FORMAT_VERSION = 1  # of config.json
-SYNTHETIC_EXAMPLES = {"train": 400, "test": 100}  # the default: there is no end of them
+SYNTHETIC_EXAMPLES = {"train": 400, "test": 100}  # the default: any number can be drawn
 FOLDER_BATCH_SIZE = 16  # the default, and never more than there are training pictures
 IGNORE_LABEL = 255  # pixels with this label count in no loss, no gradient and no metric
 
@@ -69,7 +69,7 @@ class DataConfig:
     dataset: DatasetName = "auto"
     """auto: the prepared pets, else download them, else synthetic pets; folder: the pictures in --data-dir."""
     data_dir: str | None = None
-    """Folder of the prepared dataset (default: the one of tensorflow-datasets), or with images/ and masks/ of yours."""
+    """Folder of the prepared dataset (default: tensorflow-datasets' own), or your folder with images/ and masks/."""
     image_size: ImageSize = 240
     """Side of the square, or height and width, that pictures are resized to: multiples of 2^(levels-1)."""
     train_examples: int | None = None
@@ -77,19 +77,19 @@ class DataConfig:
     test_examples: int | None = None
     """The first N test pictures. Default: all."""
     class_names: tuple[str, ...] = ("pet", "background", "border")
-    """A name for each class, in the order of the labels. Default for a folder: of its classes.json, or counted."""
+    """A name for each class, in the order of the labels. Default for a folder: from its classes.json, else counted."""
     test_fraction: float = 0.2
-    """Share of a folder's pictures that the test split gets, where it has no train.txt or test.txt; 0: no test."""
+    """Share of a folder's pictures in the test split, if the folder has no train.txt or test.txt. 0: no test split."""
     validation_fraction: float = 0.0
-    """Share of the training pictures that is kept from training, and chooses the best epoch; test then waits for it."""
+    """Share of the training pictures held out to choose the best epoch. Only that epoch is then tested."""
     class_colours: tuple[str, ...] = ()
-    """A colour for each class in figures and masks, as #rrggbb. Default: of a folder's classes.json, else ours."""
+    """A colour for each class in figures and masks, as #rrggbb. Default: from a folder's classes.json, else our own."""
     scale: tuple[float, float] | None = None
-    """Size in training over the pictures' own, down and across, which tile mode uses. Default: the median of them."""
+    """For tile mode: training size over the pictures' own size, vertically and horizontally. Default: the medians."""
     mask_255: Meaning | None = None
-    """What 255 is in a folder's masks: the second of two classes, or no class. Default: what all masks together say."""
+    """What 255 means in a folder's masks: the second of two classes, or no class. Default: judged from all masks."""
     white: int | None = 65535
-    """The value of 16-bit grey pictures that is white. Default for a folder: the most of as many bits as they use."""
+    """The value of white in 16-bit grey pictures. Default for a folder: the largest value of the bits that they use."""
 
     def __post_init__(self) -> None:
         height, width = sides(self.image_size)
@@ -128,27 +128,27 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """Adam's step size."""
     seed: int = 0
-    """Of the initial weights, the order of the pictures, dropout, augmentation, the synthetic pets, and the parts of a
-    dataset that are drawn: validation, and a folder's test split."""
+    """Seed of the initial weights, picture order, dropout, augmentation, the synthetic pets, and the parts of a dataset
+    that are drawn: validation, and a folder's test split."""
     init_from: str | None = None
     """Run folder whose parameters and batch norm statistics training starts from. Of an import: the weights' file."""
     class_weights: tuple[float, ...] = ()
-    """How much a pixel of each class counts in cross_entropy: the weighted mean over pixels. Default: all the same."""
+    """Weight of each class's pixels in cross_entropy, a weighted mean over pixels. Default: all the same."""
     schedule: Schedule = "constant"
-    """Of the learning rate after the warm-up: constant, or down to 0 at the last step along half a cosine."""
+    """Learning rate after the warm-up: constant, or falling to 0 at the last step along half a cosine."""
     warmup_epochs: int = 0
     """Epochs in which the learning rate rises from 0, linearly."""
     weight_decay: float = 0.0
-    """AdamW's decay of the kernels, a step: this times the learning rate."""
+    """AdamW's weight decay of the kernels. Each step decays them by this times the learning rate."""
     clip_norm: float = 0.0
-    """Gradients of a larger norm (over all parameters) are scaled down to it. 0: none is."""
+    """Gradients with a larger norm (over all parameters) are scaled down to this norm. 0: no clipping."""
     ema: float = 0.0
-    """Decay of the moving average of the parameters, which then evaluates and predicts in their place. 0: none."""
+    """Decay of a moving average of the parameters, which evaluation and prediction then use. 0: no average."""
     augment: Augment = "none"
     """Random changes of the training pictures: basic flips, crops and varies the light a little; strong does more of
     that, turns, and varies colours too."""
     patience: int = 0
-    """Stop when the validation part's mean IoU has not risen for this many epochs on end. 0: never."""
+    """Stop when the validation part's mean IoU has not risen for this many epochs in a row. 0: never."""
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,14 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
 
 
-# Two runs that differ in these alone are the same run: folders, what is for predictions, how long to go on, and memory
-# for time.
+# Runs that differ only in these fields are the same run: folders, settings of predictions, how long to train, and
+# memory traded for time.
 NOT_COMPARED = {"data.data_dir", "data.class_colours", "data.scale", "train.epochs", "train.patience", "model.remat"}
-FOUND = {"data.mask_255", "data.white"}  # in the data, and compared where a run has found them
+FOUND = {"data.mask_255", "data.white"}  # in the data; compared only if the older run has them
 
 
 def default_config(variant: str, dataset: DatasetName) -> RunConfig:
-    """The variant's setting (as published, where it was), at a size fit for the dataset.
+    """The settings of a variant (as published, if it was), at a size that suits the dataset.
 
     Raises:
       InputError: no such variant.
@@ -182,7 +182,7 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
     model = ModelConfig(row.downsampling, row.upsampling)
     train = TrainConfig(row.loss, row.batch_size, **row.train)
     if dataset == "synthetic":
-        # Small enough for minutes on two cores: the bare command is to show learning anywhere.
+        # Small enough to take minutes on two cores: the command without flags must show learning on any machine.
         counts = SYNTHETIC_EXAMPLES
         data = DataConfig(dataset, image_size=64, train_examples=counts["train"], test_examples=counts["test"])
         return RunConfig(variant, data, model, replace(train, batch_size=16, epochs=5))

@@ -32,21 +32,21 @@ class Placement(NamedTuple):
         return device.platform
 
     def fits(self, nbytes: int) -> bool:
-        """Whether data of this size may stay on an accelerator: a third of its memory, the rest is for training."""
-        # On the CPU the memory-mapped arrays are as near as a copy would be.
+        """Whether data of this size may stay on an accelerator: less than a third of its memory, beside training."""
+        # On the CPU a copy would be no faster to read than the memory-mapped arrays.
         stats = None if self.platform == "cpu" else jax.local_devices()[0].memory_stats()
         return stats is not None and nbytes < stats["bytes_limit"] / 3
 
     def check_batch(self, batch_size: int, examples: int, kept: int = 0) -> None:
-        """Raises InputError for a batch, or an epoch's last short one, that the devices do not divide.
+        """Raises InputError if the devices do not divide the batches, or the short last batch of an epoch.
 
-        `kept` is how many pictures a validation part takes besides.
+        `kept` is the number of pictures in the validation part.
         """
         advice = []
         for flag, size in (("batch-size", batch_size), ("train-examples", examples)):
             if size % self.devices:
                 down = size // self.devices * self.devices
-                # No picture can be added; and without such a number of pictures no batch size would do.
+                # Pictures can only be left out. Unless the devices divide their number, no batch size works.
                 sizes = [down, down + self.devices] if flag == "batch-size" else [down]
                 numbers = " or ".join(str(s) for s in sizes if 0 < s <= examples)
                 if kept and flag == "train-examples":
@@ -84,7 +84,7 @@ def compute_dtype(precision: Precision, platform: str) -> DTypeLike:
 
 
 def fastest_precision(placement: Placement) -> Precision:
-    """What "auto" is in a run that begins: bfloat16 on an accelerator, and on one CPU that has matrix units for it."""
+    """What "auto" is in a new run: bfloat16 on an accelerator, or on one CPU with matrix units for it, else float32."""
     if placement.platform != "cpu":
         return "bfloat16"
     from unet_jax.cpu.library import has_bfloat16
@@ -103,7 +103,7 @@ def fast_layers(placement: Placement) -> Any:
 
 @functools.cache
 def compiler_options(platform: str, deterministic: bool = False) -> dict[str, str | bool]:
-    """Options for `jax.jit(..., compiler_options=)` on a platform; the CPU is deterministic as it is.
+    """Options for `jax.jit(..., compiler_options=)` on a platform. The CPU is deterministic without any.
 
     On the CPU, XLA's "YNN" fusion of convolutions doubles the time of this network's step, most of all in the
     kernel gradients; it is turned off where this jaxlib knows the option.
@@ -119,9 +119,9 @@ def compiler_options(platform: str, deterministic: bool = False) -> dict[str, st
 
 
 def set_up(compilation_cache: Path | None) -> None:
-    """Settles what a process of ours wants of JAX, memory and loggers; to be called before JAX's backend starts.
+    """Sets up JAX, memory and loggers for this process. Call it before JAX's backend starts.
 
-    Compiled programs are kept in the folder, unless JAX_COMPILATION_CACHE_DIR says where: a second start is quick.
+    Compiled programs are kept in the folder, or in JAX_COMPILATION_CACHE_DIR if it is set: a second start is quick.
     """
     if compilation_cache and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))

@@ -1,4 +1,4 @@
-"""What a user can mend is an InputError: one line that says what is wrong and what to do."""
+"""An error that the user can fix is an InputError: one line that says what is wrong and what to do."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def names_for_flags() -> Iterator[None]:
-    """Has an InputError speak to who calls from Python: of batch_size where the command's user reads --batch-size."""
+    """Rewrites an InputError for callers from Python: it says batch_size where the command says --batch-size."""
     try:
         yield
     except InputError as error:
@@ -31,7 +31,7 @@ def names_for_flags() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet(library: str) -> Iterator[None]:
-    """Without the warnings that this library logs."""
+    """Silences the warnings that this library logs."""
     logger = logging.getLogger(library)
     before = logger.level
     logger.setLevel(max(before, logging.ERROR))
@@ -45,8 +45,8 @@ def quiet(library: str) -> Iterator[None]:
 def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
     """Turns an InputError (or a full disk) into one line on stderr and exit status 2, for a command.
 
-    `interrupted` is what Ctrl-C prints (signals.ending_at_once). Output that nobody reads any more, as of
-    `unet-jax train | head -1`, ends the process with SIGPIPE's status.
+    `interrupted` is what Ctrl-C prints (signals.ending_at_once). If nobody reads the output any more, as in
+    `unet-jax train | head -1`, the process ends with SIGPIPE's status.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names may have bytes that are no characters
@@ -79,7 +79,7 @@ def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
 
 
 def _unusable_platform() -> str:
-    """What to say where JAX_PLATFORMS asks for a device that JAX does not have, else ""."""
+    """The message if JAX_PLATFORMS asks for a device that JAX does not have, else ""."""
     platforms = os.environ.get("JAX_PLATFORMS")
     if not platforms or "jax" not in sys.modules:
         return ""

@@ -1,4 +1,4 @@
-"""One run from its config to its figures: the folder that is its own, the epochs, a checkpoint after each."""
+"""One run from its config to its figures: its folder, its epochs, and a checkpoint after each epoch."""
 
 import dataclasses
 import math
@@ -42,24 +42,24 @@ def run(
     deterministic: bool = False,
     log: Tracker | None = None,
 ) -> Path:
-    """Makes the run of a config in its folder, or what is left of it, and returns the folder, for `unet_jax.load`.
+    """Makes the run of a config, or the rest of it, in a folder. Returns the folder, for `unet_jax.load`.
 
-    A folder that holds an unfinished run of the same config goes on from its newest checkpoint; a finished one is left
-    alone. It prints what the command `train` prints, whose options the keywords are. As there, a process keeps freed
-    memory and compiled programs for the next step and the next start (`device.set_up`); and SIGTERM ends it, by
-    SystemExit, once the step that is under way is saved.
+    An unfinished run of the same config in the folder continues from its newest checkpoint; a finished one is left
+    alone. The keywords are options of the command `train`, and the output is the same. As with the command, the process
+    keeps freed memory for the next step and compiled programs for the next start (`device.set_up`). SIGTERM ends it, by
+    SystemExit, once the step under way is saved.
 
     Args:
-      config: all of the run, such as `config.default_config("mp_tr_dice", "synthetic")`, changed by
-        `dataclasses.replace`. The dataset "auto" and a folder's class names are found out here.
+      config: all settings of the run, for example `config.default_config("mp_tr_dice", "synthetic")`, changed by
+        `dataclasses.replace`. The dataset "auto" and a folder's class names are resolved here.
       workdir: the run's folder.
       overwrite: starts anew in a folder that holds another run, whose files are removed.
       download: downloads and prepares the dataset in config.data.data_dir if it is not there.
       cache_dir: folder of the decoded pictures, by default ~/.cache/unet_jax.
       compilation_cache: keeps compiled programs in ~/.cache/unet_jax/xla.
       deterministic: has a GPU add in a fixed order.
-      log: is called with each epoch's record (a dictionary, the line of metrics.jsonl) once results.png is drawn, such
-        as `trackers.tensorboard(workdir)`. An epoch that a kill has done again is logged again.
+      log: is called with each epoch's record (a dictionary, the line of metrics.jsonl) once results.png is drawn, for
+        example `trackers.tensorboard(workdir)`. An epoch that is repeated after a kill is logged again.
 
     Raises:
       InputError: the config, the pictures or the folder cannot be used, or the loss became infinite or NaN.
@@ -96,7 +96,7 @@ def train_run(
     deterministic: bool = False,
     log: Tracker | None = None,
 ) -> None:
-    """`run` of a config whose dataset is resolved and complete, on these devices."""
+    """Does the work of `run` on these devices, for a complete config with a resolved dataset."""
     check_patience(config)
     config = settle_precision(config, folder, placement, overwrite)
     if done := what_is_done(folder, config, overwrite):
@@ -110,7 +110,7 @@ def train_run(
     processes.check_agreement((shared, overwrite, deterministic, bool(log), folder.name, names))
     parts = divide(config, splits, placement)
     goes_on = not overwrite and checkpoint.exists(folder / "checkpoints")
-    initial = None if goes_on else start_from(config, placement)  # what it refuses leaves no folder behind
+    initial = None if goes_on else start_from(config, placement)  # before the lock, so that a refusal leaves no folder
     with runs.lock(folder):
         if overwrite:
             runs.clear(folder)
@@ -145,7 +145,7 @@ def divide(config: RunConfig, splits: Mapping[str, Split], placement: Placement)
 def train_epochs(
     config: RunConfig, folder: Path, steps: Steps, parts: Parts, start: Restored, log: Tracker | None
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Trains to the end, by `save_epochs`, and tells what can go wrong on the way as InputErrors."""
+    """Trains to the end with `save_epochs`. A loss that is not finite and a lack of memory become InputErrors."""
     records = list(start.progress.records)
     try:
         state, stopped = save_epochs(config, folder, steps, parts, start, records, log)
@@ -172,11 +172,11 @@ def save_epochs(
     records: list[dict[str, Any]],
     log: Tracker | None,
 ) -> tuple[TrainState, int]:
-    """Trains; each epoch ends with its line, its record (in `records` and metrics.jsonl), and a checkpoint.
+    """Trains. Each epoch ends with a printed line, a record (in `records` and metrics.jsonl), and a checkpoint.
 
-    The best epoch by the validation part's mean IoU, if there is such a part, has a second one in the folder `best`.
-    After SIGTERM or Ctrl-C it saves at the next step (past an epoch's last, when that is evaluated), and returns which
-    of the two it was, else 0.
+    With a validation part, the epoch with the best mean IoU on it has a second checkpoint, in the folder `best`. After
+    SIGTERM or Ctrl-C, training stops at the next step and saves; after the last step of an epoch it evaluates first.
+    Returns the state, and the number of the signal or 0.
     """
     train, held_out = parts.train, parts.held_out
     state, stop = start.state, 0
@@ -192,7 +192,7 @@ def save_epochs(
             if isinstance(result, StepResult):
                 display.step(result.epoch, result.step_of_epoch, result.losses)
                 step = (result.epoch - 1) * len(train) + result.step_of_epoch
-                # orbax has JAX's processes agree on a step; of a process alone it knows nothing.
+                # orbax makes many processes agree on a step; in a single process it notices nothing.
                 stop = stop or sum(noticed[:1]) or signal.SIGTERM * checkpoints.reached_preemption(step)
                 if stop and result.step_of_epoch < len(train) and math.isfinite(loss := float(result.loss)):
                     display.close()
@@ -206,7 +206,7 @@ def save_epochs(
                 draw_results(config, folder, steps, state, held_out or train, len(records))
                 if jax.process_index() == 0:
                     log(result.record)
-            # The best first: a kill between the two has the epoch done again, not its being the best forgotten.
+            # `best` comes first: after a kill between the two, the epoch is done again, and the best one is not lost.
             if best and best_epoch(records) == len(records) - 1:
                 checkpoint.save(best, state, checkpoint.Progress(records, []))
             checkpoint.save(checkpoints, state, checkpoint.Progress(records, []))

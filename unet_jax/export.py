@@ -37,18 +37,18 @@ class Artifact(NamedTuple):
 
 
 def plain_step(config: RunConfig, state: TrainState, images: Array) -> Array:
-    """Class probabilities of uint8 pictures by the plain layers: any device is to run it."""
+    """Class probabilities of uint8 pictures with the plain layers, which any device can run."""
     model = make_model(config.model, len(config.data.class_names), device.placement()).clone(layers=layers)
     return probabilities_step(state, images, model=model)
 
 
 def stablehlo(config: RunConfig, state: TrainState) -> Artifact:
-    """As a program for PLATFORMS that takes any batch and size."""
+    """The run as a program for PLATFORMS, for any batch and size."""
     multiple = 2 ** (len(config.model.widths) - 1)
     shape = f"n, {multiple}*h, {multiple}*w, 3"
 
     def step(images: Array) -> Array:
-        # Behind the barrier weights are no constants to fold: rounding stays the checkpoint's, and compiling quick.
+        # The barrier keeps XLA from folding the weights as constants: rounding does not change, and compiling is quick.
         return plain_step(config, lax.optimization_barrier(state), images)
 
     limit = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
@@ -72,7 +72,7 @@ labels = jax.jit(model.call)(images).argmax(-1)"""
 
 
 def onnx(config: RunConfig, state: TrainState) -> Artifact:
-    """As a graph of ONNX that takes any batch, at the training size alone."""
+    """The run as an ONNX graph, for any batch of the training size only."""
     import jax2onnx
 
     height, width = sides(config.data.image_size)
@@ -95,7 +95,7 @@ labels = session.run(None, {"images": images})[0].argmax(-1)"""
 
 
 def weights_alone(config: RunConfig, state: TrainState) -> Artifact:
-    """As the parameters and statistics, which `runs.load` reads with config.json."""
+    """The run's parameters and batch statistics alone; `runs.load` reads them with config.json."""
     multiple = 2 ** (len(config.model.widths) - 1)
     usage = 'import unet_jax\nlabels = unet_jax.load(".")(list(images))'
     return Artifact(
@@ -127,10 +127,10 @@ def describe(config: RunConfig, step: int, artifact: Artifact) -> dict[str, Any]
 
 
 def export_run(run: Path, out: Path, format: ExportFormat = "jax") -> dict[str, Any]:
-    """Writes a run's checkpoint (that of `runs.load`) to `out` as one file, and model.json; returns what that says.
+    """Writes a run's checkpoint (that of `runs.load`) to `out` as one file, and model.json, whose content it returns.
 
-    Its layers compute in float32, whatever the run's did: the file is for any device. To the format "weights" belongs a
-    config.json, in which the precision is the device's to choose, and no folder of this machine is named.
+    The layers compute in float32, whatever the run's precision, since the file is for any device. The format "weights"
+    also writes a config.json: its precision is "auto", and it names no folder of this machine.
 
     Raises:
       InputError: there is no run or no complete checkpoint, `out` cannot be written, or what the format needs is not

@@ -14,13 +14,13 @@ def default_cache_dir() -> Path:
 
 @functools.cache
 def home() -> Path:
-    """The user's home; where a container has none for this user, a folder for temporary files, and a line about it."""
+    """The user's home. If there is none, as in some containers: a folder for temporary files, and a line about it."""
     try:
         return Path.home()
     except RuntimeError:  # neither HOME nor an entry in the list of users
         folder = Path(tempfile.gettempdir()) / f"unet_jax-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():  # someone else's idea of our cache
+        if folder.stat().st_uid != os.getuid():  # another user made this folder
             folder = Path(tempfile.mkdtemp(prefix="unet_jax-"))
         print(
             f"this user has no home folder, {folder} stands in for it: set HOME to keep what is there", file=sys.stderr

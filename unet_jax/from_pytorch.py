@@ -1,4 +1,4 @@
-"""Weights of the PyTorch network (experiments/pytorch_reference.py) as this one's variables; PyTorch is not imported.
+"""Makes our variables of the PyTorch network's weights (experiments/pytorch_reference.py), without importing PyTorch.
 
     state_dict = {name: tensor.numpy() for name, tensor in torch.load(path, map_location="cpu").items()}
     variables = variables_from_state_dict(state_dict, UNet())
@@ -23,8 +23,8 @@ FIRST = "cblock1.conv1.weight"  # every network of ours has it
 def variables_from_state_dict(state_dict: Mapping[str, np.ndarray], model: UNet) -> dict[str, Any]:
     """The variables {"params", "batch_stats"} of `model.init`, as float32 copies, from a PyTorch state dict.
 
-    The prefixes of DataParallel and torch.compile, batch norm's num_batches_tracked, and the conv that the strided
-    models hold unused in their last encoder block are all normal.
+    Three things are ignored: the prefixes of DataParallel and torch.compile, batch norm's num_batches_tracked, and the
+    unused conv in the last encoder block of the strided models.
 
     Raises:
       InputError: names are missing or not the model's, or shapes differ from the model's.
@@ -70,10 +70,10 @@ def variables_from_state_dict(state_dict: Mapping[str, np.ndarray], model: UNet)
 
 
 def find_state_dict(content: Any) -> tuple[dict[str, Any], list[str]]:
-    """The network's state dict in what torch.load gave, its names from "cblock1" on, and a line for what that left out.
+    """The network's state dict in what torch.load gave, with names from "cblock1" on, and lines on what is left out.
 
-    It may lie in a dictionary beside other things, hold other entries beside the tensors, and have a prefix to all its
-    names. Tensors are what has a shape.
+    It may be inside a dictionary with other things, hold entries that are not tensors, and have a prefix on all its
+    names. Anything with a shape counts as a tensor.
 
     Raises:
       InputError: there is none, or more than one.
@@ -98,7 +98,7 @@ def find_state_dict(content: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _state_dicts(content: Any, where: str) -> dict[str, Mapping[Any, Any]]:
-    """The dictionaries in `content` that hold tensors by names that end in "weight", by the keys that lead to them."""
+    """Dotted path to dictionary, for each dictionary in `content` with a tensor whose name ends in "weight"."""
     if not isinstance(content, Mapping):
         return {}
     if any(str(name).endswith("weight") and hasattr(value, "shape") for name, value in content.items()):

@@ -71,7 +71,7 @@ class TransposedConv(nn.Module):
         # Along an axis, output 2i sees w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1]. One 2x2 convolution
         # gives a pixel's four outputs at once. The textbook form dilates x, and its kernel gradient is slow everywhere.
         n, h, w, in_features = x.shape
-        taps = np.array([[1, 3], [2, 0]])  # [output, tap]; 3 is of the zeros
+        taps = np.array([[1, 3], [2, 0]])  # [output, tap]; 3 is the padding of zeros
         kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))[taps][:, :, taps]
         kernel = kernel.transpose(1, 3, 5, 0, 2, 4).reshape(2, 2, in_features, 4 * self.features)
         y = convolution(x, kernel) + jnp.tile(bias, 4)[None, None, None]
@@ -127,8 +127,8 @@ def _windows(x: Array) -> Array:
 
 @max_pool.defjvp
 def _max_pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # `max` would share the gradient among equals, and XLA's own pooling has a slow one. Each comparison picks one: a
-    # search for what equals the maximum finds none where the compiler computes x again, rounded in another way.
+    # `max` would split the gradient among equals, and XLA's own pooling has a slow gradient. Each comparison picks one
+    # of two: a search for the maximum's equal finds none if the compiler recomputes x with another rounding.
     (x,), (dx,) = primals, tangents
     windows = _windows(x)  # [N, H//2, 2, W//2, 2, C]
     left, rows = windows[..., 0, :] >= windows[..., 1, :], windows.max(4)
@@ -138,7 +138,7 @@ def _max_pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
 
 
 def resize_double(x: Array) -> Array:
-    """Bilinear resize with aligned corners, which `jax.image.resize` has not: x [N, H, W, C] to [N, 2H, 2W, C]."""
+    """Bilinear resize with aligned corners, which `jax.image.resize` lacks: x [N, H, W, C] to [N, 2H, 2W, C]."""
     return _double_axis(_double_axis(x, 2), 1)
 
 

@@ -16,7 +16,7 @@ from unet_jax.data.batches import Loader
 from unet_jax.metrics import PictureSums, scores
 from unet_jax.train import Steps, TrainState, make_schedule
 
-STATISTICS_BATCHES = 20  # that the batch statistics of averaged params are taken from
+STATISTICS_BATCHES = 20  # for the batch statistics of averaged params
 
 
 def evaluate(
@@ -24,7 +24,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], PictureSums]:
     """The metrics of a split (metrics.scores), and its pictures' sums [N, ...] on the host.
 
-    test_loss is the published definition: the mean over batches of the batch's loss, however short the last is.
+    test_loss is defined as published: the mean of the batches' losses, however short the last batch is.
     """
     results = [evaluate_step(state, batch) for batch in loader.evaluation()]
     losses, batches = zip(*jax.device_get(results), strict=True)  # the one transfer
@@ -42,7 +42,7 @@ class NonFiniteLossError(Exception):
 
 
 class StepResult(NamedTuple):
-    """After each step: the state after it, its loss (on the device, maybe not ready), those before it."""
+    """After each step: the new state, its loss (on the device, maybe not ready), and the epoch's earlier losses."""
 
     epoch: int
     step_of_epoch: int
@@ -59,9 +59,9 @@ class EpochResult(NamedTuple):
 
 
 def out_of_patience(records: Sequence[Mapping[str, Any]], patience: int) -> bool:
-    """Whether the validation part's mean IoU had not risen for `patience` epochs on end, somewhere in these records.
+    """Whether anywhere in these records the validation part's mean IoU did not rise for `patience` epochs in a row.
 
-    Patience of 0 has no end. The records are those of all epochs from the first, so a run that goes on counts alike.
+    Patience of 0 never runs out. The records start at the first epoch, so a resumed run counts the same.
     """
     if not patience:
         return False
@@ -80,12 +80,13 @@ def fit(
     losses: Sequence[float] = (),
     records: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[StepResult | EpochResult]:
-    """Trains from `state` to the config's last epoch, or to the end of its patience; goes on from within an epoch too.
+    """Trains from `state`, which may be mid-epoch, to the config's last epoch or until patience runs out.
 
-    `held_out` is what each epoch evaluates: the test split, or where there is a validation fraction that part, whose
-    metrics are recorded as validation_loss, validation_mean_iou and so on; or None, nothing. Yields a StepResult after
-    each step and an EpochResult after each epoch. `records` are those of the epochs that the state has behind it, and
-    `losses` those of the steps in its own. A yielded state is good until the next step takes its memory.
+    Yields a StepResult after each step and an EpochResult after each epoch. A yielded state is valid until the next
+    step takes its memory. `held_out` is evaluated after each epoch: the test split, or with a validation fraction the
+    validation part, or None for neither. The validation part's metrics are recorded as validation_loss,
+    validation_mean_iou and so on. `records` are those of the epochs before the state's own, `losses` those of the steps
+    already taken in its own.
 
     Raises:
       NonFiniteLossError: noticed at the latest when the epoch ends, before its EpochResult.
@@ -129,7 +130,7 @@ def fit(
 
 
 def _with_statistics(steps: Steps, state: TrainState, train: Loader, seed: int) -> TrainState:
-    # Of an epoch that is never trained on, the same at each call; whole batches where there is one.
+    # Epoch 0 is never trained on: its batches are the same at each call. A short batch is used only if it is alone.
     whole = max(1, len(train.rows) // train.batch_size)
     for i, batch in enumerate(islice(train.epoch(seed, 0), min(whole, STATISTICS_BATCHES))):
         state = steps.statistics(state, batch, i)

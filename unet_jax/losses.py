@@ -1,8 +1,8 @@
 """Losses of logits [B, H, W, C] against integer labels [B, H, W]: pure, in float32, weighted.
 
-`weights` [B] says how much each example counts (0: padding); pixels labelled IGNORE_LABEL count in nothing. Any other
-label that is no class (below 0, or C and above) makes every loss NaN: never a reward, and training stops at it. Arrays
-of other shapes are an AssertionError: they would broadcast.
+`weights` [B] says how much each example counts (0: padding). Pixels labelled IGNORE_LABEL never count. Any other label
+that is not a class (below 0, or C and above) makes every loss NaN: it is never rewarded, and training stops. Arrays of
+other shapes raise an AssertionError, since they would broadcast.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ Loss = Callable[[Array, ArrayLike, ArrayLike | None], Array]
 def pixel_weights(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
     """[B, H, W] float32: the example's weight where a label is a class, 0 where it is ignored, else NaN.
 
-    All are 0 in an example of weight 0. Of the logits [B, H, W, C] it takes the shape alone.
+    All are 0 in an example of weight 0. Only the shape of the logits [B, H, W, C] matters.
 
     Raises:
       AssertionError: the shapes do not belong together.
@@ -53,7 +53,7 @@ def log_likelihood(logits: Array, labels: ArrayLike) -> Array:
     labels = jnp.asarray(labels)
     classes = jnp.where(labels == IGNORE_LABEL, 0, labels).astype(jnp.int32)
     one_hot = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
-    # A masked sum rather than a gather: its gradient is no scatter, which is slow on every device.
+    # A masked sum rather than a gather: the gradient of a gather is a scatter, which is slow on every device.
     return jnp.where(one_hot, jax.nn.log_softmax(_wide(logits)), 0).sum(-1)
 
 
@@ -72,12 +72,12 @@ def cross_entropy(
     """Mean over pixels of -log softmax(logits)[label], a scalar. Uniform logits give log C.
 
     class_weights [C]: the mean is weighted, sum(w[label] * -log softmax[label]) / sum(w[label]) over the batch's
-    pixels, as that of torch.nn.CrossEntropyLoss(weight=w).
+    pixels, as in torch.nn.CrossEntropyLoss(weight=w).
     """
     counts = pixel_weights(logits, labels, weights)
     if class_weights:
         chex.assert_shape(logits, (..., len(class_weights)))
-        # Ignored labels are clipped to a class, of which they count nothing.
+        # Ignored labels are clipped to a class, but their count is 0.
         counts = counts * jnp.take(jnp.asarray(class_weights, counts.dtype), jnp.asarray(labels), mode="clip")
     return _mean(-log_likelihood(logits, labels), counts)
 
@@ -85,8 +85,8 @@ def cross_entropy(
 def log_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
     """The Dice loss of the reproduced runs, a scalar: -log(2I / (I + N + 1e-6)).
 
-    I is the softmax of the true class summed over all pixels of the batch, N their number: it depends on the mean
-    probability of the truth alone. Uniform logits of three classes give log 2, perfect ones 0.
+    I is the softmax of the true class summed over all pixels of the batch, N the number of pixels. Only the mean
+    probability of the true class matters. Uniform logits of three classes give log 2, perfect ones 0.
     """
     counts = pixel_weights(logits, labels, weights)
     intersection = (jnp.exp(log_likelihood(logits, labels)) * counts).sum()

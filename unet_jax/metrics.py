@@ -24,7 +24,7 @@ class PictureSums(NamedTuple):
 
 
 def picture_sums(logits: Array, labels: ArrayLike, weights: ArrayLike) -> PictureSums:
-    """Sums over the pixels that count of logits [N, H, W, C] against labels [N, H, W] with weights [N] of 0 or 1.
+    """The sums of logits [N, H, W, C] against labels [N, H, W], over the pixels that count. Weights [N] are 0 or 1.
 
     A label that is neither a class nor ignored makes its picture's likelihoods NaN, and is in no confusion matrix.
     """
@@ -62,8 +62,8 @@ def scores(sums: PictureSums, class_names: Sequence[str]) -> dict[str, Any]:
 
     IoU and Dice come from the confusion matrix of the whole split (not averaged over pictures); a class that occurs
     neither in the truth nor in the predictions has None and is left out of mean_iou. test_log_dice takes the split as
-    one batch. binary_iou, where a class is called background, is that of everything else against it. All are None where
-    no pixel counts.
+    one batch. If a class is called background, binary_iou is the IoU of all others taken as one. All are None
+    if no pixel counts.
     """
     confusion = np.asarray(sums.confusion, np.int64).sum(0)
     pixels = int(confusion.sum()) or math.nan
@@ -116,7 +116,7 @@ def shown(value: float | None) -> str:
 
 
 def best_epoch(records: Sequence[Mapping[str, Any]]) -> int:
-    """Of the lines of metrics.jsonl, the index of that with the highest mean IoU on validation, of equals the last."""
+    """The index of the record of metrics.jsonl with the highest mean IoU on validation; of equals, the last."""
     return max(range(len(records)), key=lambda i: (records[i]["validation_mean_iou"] or 0, i))
 
 

@@ -46,7 +46,7 @@ class Upsample(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         if self.method == "transposed_conv":
             return self.layers.TransposedConv(self.features, dtype=self.dtype, name="conv")(x)
-        # The reference resizes first. The two commute, since the resize's weights sum to 1, and so it costs a quarter.
+        # The reference resizes first. The two commute, since the resize's weights sum to 1; this order costs a quarter.
         x = self.layers.Conv(self.features, kernel_size=1, dtype=self.dtype, name="conv")(x)
         x = self.layers.BatchNorm(name="norm")(self.layers.resize_double(x), train)
         return self.layers.relu(x)
@@ -56,9 +56,9 @@ class UNet(nn.Module):
     """Images [N, H, W, C], H and W multiples of 2^(levels-1), to float32 (or float64) logits [N, H, W, num_classes].
 
     Dropout draws from the "dropout" key when `train`; batch norm's running statistics are in "batch_stats". `dtype` is
-    what the layers compute in; parameters and statistics are float32. `remat` has the gradient compute each block's
-    inner activations again (Chen et al. 2016, arXiv:1604.06174). `layers` may be others of the same names:
-    `train.make_model` chooses those that are fast on the device.
+    what the layers compute in; parameters and statistics are float32. With `remat` the gradient computes each block's
+    inner activations again (Chen et al. 2016, arXiv:1604.06174). `layers` may be another module with the same names:
+    `train.make_model` chooses the one that is fast on the device.
 
     Raises:
       InputError: height or width is not a multiple of 2^(levels-1).

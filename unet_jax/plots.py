@@ -9,7 +9,7 @@ from PIL import Image
 
 from unet_jax.metrics import held_out
 
-if TYPE_CHECKING:  # matplotlib takes a second to import: only who draws waits for it
+if TYPE_CHECKING:  # matplotlib takes a second to import: only drawing waits for it
     from matplotlib.figure import Figure
 
 # Distinct for the colour-blind too (Okabe and Ito), the pets' own order first: animal, ground, outline.
@@ -24,7 +24,7 @@ def palette(classes: int, colours: Sequence[str] = ()) -> np.ndarray:
 
 @functools.cache
 def _distinct(colours: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
-    # Each further colour is, of a grid of them, the farthest from all before and from the black of ignored pixels.
+    # Each further colour is the one on a grid that is farthest from all earlier ones and from black (ignored pixels).
     grid = np.stack(np.meshgrid(*[np.linspace(0, 255, 9).round()] * 3), -1).reshape(-1, 3)
     grid = grid[grid.max(1) >= 96]  # darker ones all look alike
     places, found = _oklab(grid), list(colours)
@@ -38,7 +38,7 @@ def _distinct(colours: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[i
 
 
 def _oklab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB [..., 3] from 0 to 255 where distances are those that the eye sees (Ottosson 2020, Oklab)."""
+    """sRGB [..., 3] from 0 to 255 in Oklab, where distances match what the eye sees (Ottosson 2020)."""
     x = rgb / 255
     linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
     lms = linear @ np.array([[0.4122, 0.2119, 0.0883], [0.5363, 0.6807, 0.2817], [0.0514, 0.1074, 0.6300]])
@@ -54,7 +54,7 @@ def colour_labels(labels: np.ndarray, classes: int, colours: Sequence[str] = ())
 def overlay(
     image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], colours: Sequence[str] = ()
 ) -> np.ndarray:
-    """The picture uint8 [H, W, 3] tinted in the classes' colours but for the background, with lines between them."""
+    """The picture uint8 [H, W, 3] tinted in the classes' colours (not the background), with lines between classes."""
     tints = Image.fromarray(colour_labels(labels, len(class_names), colours))
     tinted = np.array(Image.blend(Image.fromarray(image), tints, 0.45))
     ground = [i for i, name in enumerate(class_names) if name.lower() == "background"]
@@ -74,12 +74,12 @@ def spread(count: int, most: int) -> np.ndarray:
 
 
 def _plain(text: str) -> str:
-    """A text for matplotlib, whatever names it has: no mathematics between dollars, and no bytes that are not UTF-8."""
+    """A text made safe for matplotlib: dollars start no mathematics, and bytes that are not UTF-8 are replaced."""
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def _name(text: str) -> str:
-    """The name of a class as a legend has room for it; matplotlib leaves names out that begin with an underscore."""
+    """A class name that fits a legend. matplotlib leaves out names that begin with an underscore."""
     short = text if len(text) <= 40 else f"{text[:39]}…"
     return _plain(f"\u200b{short}" if short.startswith("_") else short)
 
@@ -136,7 +136,7 @@ def results_figure(
     from matplotlib.patches import Patch
 
     count, classes = len(images), len(class_names)
-    shape = max(images.shape[1] / images.shape[2], 0.5)  # in less the rows' titles would overlap
+    shape = max(images.shape[1] / images.shape[2], 0.5)  # with less, the row titles would overlap
     figure = _figure(6.2, 2.05 * shape * count + 0.9)
     figure.suptitle(_plain(title))
     grid = figure.subplots(count, 3, squeeze=False)

@@ -21,7 +21,7 @@ from unet_jax.model import UNet
 from unet_jax.train import TrainState, Views, infer, inference_state, make_model
 
 Mode = Literal["resize", "tile", "native"]
-# Upside down most networks have seen nothing.
+# Most networks have never seen a picture upside down.
 FLIPS: dict[str, Views] = {
     "none": ((),),
     "horizontal": ((), (2,)),
@@ -40,9 +40,9 @@ def probabilities_step(state: TrainState, images: Array, views: Views = ((),), *
 class Predictor:
     """A trained network; call it with one picture uint8 [H, W, 3], or with a list of pictures of any sizes.
 
-    mode "resize" takes pictures to the training size and probabilities back; "tile" shows them in overlapping windows
-    of `tile_size` at the scale of training (config.data.scale), "native" at their own resolution. `tta` averages the
-    probabilities over the picture and its mirror image, or over all four flips.
+    Mode "resize" resizes pictures to the training size and probabilities back. "tile" predicts in overlapping windows
+    of `tile_size` at the scale of training (config.data.scale), "native" in windows at the pictures' own resolution.
+    `tta` averages the probabilities over the picture and its mirror image, or over all four flips.
     """
 
     config: RunConfig
@@ -52,7 +52,7 @@ class Predictor:
     forward: Callable[[TrainState, Any, Views], Array] = field(repr=False)
 
     def __call__(self, images: Images, mode: Mode = "resize", tta: Tta = "none", probabilities: bool = False) -> Any:
-        """Labels uint8 [H, W], or with `probabilities` float32 [H, W, num_classes], of a picture; a list of a list.
+        """Labels uint8 [H, W] of a picture, or with `probabilities` float32 [H, W, num_classes]. A list gives a list.
 
         Raises:
           InputError: another mode or tta, or something that is no picture.
@@ -86,13 +86,13 @@ class Predictor:
         return min(max(1, pixels // (height * width)), 16) * self.placement.devices
 
     def at_training_size(self, image: np.ndarray) -> np.ndarray:
-        """The picture, uint8 [H, W, 3] of any size, at the size of training: resized as for it."""
+        """The picture uint8 [H, W, 3], of any size, resized to the training size as training pictures are."""
         return resize(Example("", image, image[:, :, 0]), self.config.data.image_size).image
 
     def windowed(self, image: np.ndarray, mode: Mode, tta: Tta = "none") -> Iterator[np.ndarray]:
-        """Probabilities at the picture's own size by tiles, in bands: mode "tile" or "native".
+        """Probabilities at the picture's own size, computed in tiles and given in bands: mode "tile" or "native".
 
-        At another scale than its own, memory goes with the scaled picture; a run of an older version knows none.
+        If the scale is not 1, memory grows with the scaled picture. A run of an older version has no scale: 1 is used.
         """
         height, width = image.shape[:2]
         down, across = (mode == "tile" and self.config.data.scale) or (1, 1)
@@ -113,8 +113,8 @@ class Predictor:
     def tiled(self, image: np.ndarray, tta: Tta = "none") -> Iterator[np.ndarray]:
         """Probabilities at the picture's own resolution, in bands [h, W, num_classes] from the top.
 
-        They are those of the whole picture (filled up to multiples of UNIT by reflection) in one pass, where that is
-        exact (see `windows`); memory goes with a tile and a band, not with the picture.
+        They equal those of one pass over the whole picture (padded to multiples of UNIT by reflection), where that is
+        exact (see `windows`). Memory grows with a tile and a band, not with the picture.
         """
         height, width = image.shape[:2]
         levels = len(self.config.model.widths)
@@ -179,18 +179,18 @@ def grow(probabilities: np.ndarray, height: int, width: int) -> Iterator[np.ndar
 def margin_of(levels: int) -> int:
     """More than the receptive field's radius, which is 2^(levels+2) - 5 at most, and a multiple of the coarsest pixel.
 
-    The radius: two 3x3 convs at each of the encoder's strides 1, 2, .. 2^(levels-1) and of the decoder's but the
-    last, one pixel of the finer grid for each step down and each step up, and the head's conv.
+    The radius adds up two 3x3 convs at each stride 1, 2, .. 2^(levels-1) of the encoder and all but the last of these
+    in the decoder, one pixel of the finer grid for each step down and each step up, and the head's conv.
     """
     return 2 ** (levels + 2)
 
 
 def windows(size: int, tile: int, margin: int) -> list[tuple[int, np.ndarray]]:
-    """Origins, and weights [tile] that sum to 1 at each of `size` pixels, of the tiles that cover a side.
+    """The origin and weights [tile] of each tile that covers a side of `size` pixels. Weights sum to 1 at each pixel.
 
-    A tile has no say within `margin` of those of its borders that are not the picture's: what it says elsewhere has
-    its whole receptive field inside. All are multiples of the coarsest pixel, so that tiles share the picture's grid.
-    With transposed convolutions the blend is thus exact; the aligned-corner resize depends on the size as a whole.
+    A tile's weight is 0 within `margin` of its borders, except at the picture's own. Elsewhere the whole receptive
+    field is inside the tile. Origins are multiples of the coarsest pixel, so that tiles share the picture's grid. So
+    the blend is exact with transposed convolutions. The aligned-corner resize depends on the size as a whole.
     """
     tile, ramp = min(tile, size), margin // 2
     origins = [*range(0, size - tile, tile - 2 * margin - ramp), size - tile]

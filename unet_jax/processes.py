@@ -1,4 +1,4 @@
-"""Processes that make a run, one or many: how one joins, is quiet, notices that it is to stop, and leaves."""
+"""The processes of a run, one or many: how a process joins, keeps quiet, notices that it must stop, and leaves."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ SIGTERM_STATUS = 128 + signal.SIGTERM
 
 @functools.cache
 def quiet() -> None:
-    """Has a process of ours leave out what orbax tells of each step, and of what it abandoned where one read failed."""
+    """Silences orbax in this process: its messages on each step, and on what it abandoned after a failed read."""
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
@@ -52,7 +52,7 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None)
 
 
 def check_agreement(what: object) -> None:
-    """Raises InputError, in all processes, unless all give what looks the same (its repr)."""
+    """Raises InputError in all processes, unless `what` has the same repr in all of them."""
     mine = np.array(zlib.crc32(repr(what).encode()), np.uint32)
     if (multihost_utils.process_allgather(mine) != mine).any():
         raise InputError("the processes differ in their flags or in the pictures they find: give all of them the same")
@@ -60,7 +60,7 @@ def check_agreement(what: object) -> None:
 
 @contextlib.contextmanager
 def noticing_signals() -> Iterator[list[int]]:
-    """`signals.noticing`; of many processes nothing is noticed: JAX has a handler of its own, Ctrl-C ends at once."""
+    """`signals.noticing`, for one process. With many, nothing is noticed: JAX has a handler, Ctrl-C ends at once."""
     if jax.process_count() > 1:
         yield []
         return
@@ -70,7 +70,7 @@ def noticing_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """After an error, ends one of many processes without JAX's own wait, of minutes, for the others to end too.
+    """After an error, ends one of many processes at once. JAX itself would wait minutes for the others to end.
 
     They may be waiting for this one. Once it is gone they fail: at once, or when its heartbeat has been missed (100 s).
     """
@@ -84,6 +84,6 @@ def leaving_at_once() -> Iterator[None]:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        if jax.process_index() == 0:  # holds the service that the others would miss: let those that fail too be first
+        if jax.process_index() == 0:  # the others need its service: those that fail too should end first
             time.sleep(2)
         os._exit(status if isinstance(status, int) else 1)

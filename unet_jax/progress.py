@@ -12,7 +12,7 @@ from unet_jax.metrics import held_out, shown
 
 
 class Clock:
-    """Says once, early, how long the run will take: from the time of a few steps past the compilation."""
+    """Says once, early on, how long the run will take. It times a few steps after the compilation."""
 
     FIRST, LAST = 2, 6  # the steps timed, counted in this process
 
@@ -23,7 +23,7 @@ class Clock:
         self.ticks, self.start = 0, 0.0
 
     def tick(self) -> str | None:
-        """Counts a step; the line, when it is known."""
+        """Counts a step. Returns the line at the step when it is known, else None."""
         self.ticks += 1
         if self.ticks == self.FIRST:
             self.start = time.perf_counter()
@@ -51,7 +51,7 @@ class Display:
 
     def step(self, epoch: int, step: int, losses: Sequence[float]) -> None:
         if self.bar is None:
-            file = sys.stdout if jax.process_index() else None  # which is nowhere
+            file = sys.stdout if jax.process_index() else None  # stdout leads nowhere there
             self.bar = tqdm(total=self.steps, initial=step - 1, unit="step", desc=f"epoch {epoch}", file=file)
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f}" if losses else "", refresh=False)
         self.bar.update()

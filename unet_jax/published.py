@@ -1,6 +1,6 @@
-"""The test losses that the reproduced work printed, by variant and epoch. Those of the epochs between were not printed.
+"""The test losses that the reproduced work printed, by variant and epoch. It printed none for the epochs between.
 
-They are of 240x240 pictures and 25 epochs.
+They are from runs of 25 epochs on 240x240 pictures.
 """
 
 

@@ -24,7 +24,7 @@ def write_results(
     records: list[dict[str, Any]],
     parts: Parts,
 ) -> None:
-    """The figures, the summary and the last line; with a validation part, of the best epoch, which now meets test."""
+    """Makes figures, scores, summary and last line. With a validation part, the best epoch is drawn and tested."""
     names, data, test = config.data.class_names, config.data, parts.test
     drawn = test or parts.validation or parts.train
     scores = records[-1]
@@ -65,7 +65,7 @@ def write_results(
 
 
 def draw_results(config: RunConfig, folder: Path, steps: Steps, state: TrainState, drawn: Loader, epochs: int) -> None:
-    """Makes results.png of ten pictures of a part, and what a state of so many epochs predicts for them."""
+    """Draws results.png: up to ten pictures of a part, with the predictions of a state after so many epochs."""
     data = config.data
     rows = drawn.rows[plots.spread(len(drawn.rows), 10)]
     images, labels = np.asarray(drawn.split.images[rows]), np.asarray(drawn.split.labels[rows])

@@ -34,7 +34,7 @@ PACKAGES = ("unet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "t
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when it is whole: a kill or a full disk leaves the one before."""
+    """A file to write. It replaces `path` once it is whole: a kill or a full disk leaves the old file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file by `replacing`, in UTF-8 but for names whose bytes are not. Of many processes, the first does."""
+    """Writes a file by `replacing`, in UTF-8 except for names with other bytes. Only the first process does so."""
     if jax.process_index() > 0:
         return
     with replacing(path) as file:
@@ -97,7 +97,7 @@ def write_split(folder: Path, split: Mapping[str, Sequence[str]], goes_on: bool)
     """Makes split.json hold the names of the pictures in each split.
 
     Raises:
-      InputError: the run goes on, and has others there; one of an older version has none.
+      InputError: the run continues, and its split.json has other names. A run of an older version has no split.json.
     """
     before = read_split(folder) if goes_on else {}
     changed = [part for part in before if before[part] != list(split[part])]
@@ -121,7 +121,7 @@ def read_split(folder: Path) -> dict[str, list[str]]:
 
 
 def way_to_data(folder: Path, config: RunConfig) -> dict[str, str]:
-    """For environment.json: how a data_dir that is relative is found from the run's folder, wherever both are."""
+    """For environment.json: the path from the run's folder to a relative data_dir, so that both can move together."""
     data_dir = config.data.data_dir
     if not data_dir or os.path.isabs(data_dir):
         return {}
@@ -138,7 +138,7 @@ def data_dir(folder: Path, config: RunConfig) -> str | None:
     if not name:
         return None
     if not os.path.isabs(name):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a run of an older version: as it is
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # an older run: its name is kept as it is
             name = os.path.relpath(folder.resolve() / json.loads((folder / "environment.json").read_text())["data_dir"])
     if not os.path.isdir(name):
         raise InputError(f"{folder} was trained on the pictures in {name}, which is no folder here: give a --data-dir")
@@ -164,7 +164,7 @@ def read_config(folder: Path) -> RunConfig:
 def load(folder: Path, placement: Placement, config: RunConfig | None = None) -> tuple[RunConfig, Restored]:
     """The config of the run in `folder` and its newest sound checkpoint, or its best one where validation chose one.
 
-    Of a folder that has weights alone, an inference state (as `train.inference_state`).
+    A folder that has only weights gives an inference state (see `train.inference_state`).
 
     Raises:
       InputError: there is no run, or no checkpoint that can be read.

@@ -1,7 +1,7 @@
-"""Ctrl-C (SIGINT) and SIGTERM: in the loop of steps a flag, elsewhere the end at once.
+"""Ctrl-C (SIGINT) and SIGTERM: in the loop of steps they set a flag, elsewhere they end the process at once.
 
-No KeyboardInterrupt is raised: where JAX's C++ calls Python, as in its callback of the garbage collector, it would be
-lost or end in a crash. A thread waits for the signals instead, which works while compiled code runs, too.
+No KeyboardInterrupt is raised. Where JAX's C++ calls Python, as in its garbage collector callback, it would be lost or
+end in a crash. Instead a thread waits for the signals, which also works while compiled code runs.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _noticed: list[int] | None = None  # the signals noticed by the loop of steps th
 
 @contextlib.contextmanager
 def ending_at_once(line: str) -> Iterator[None]:
-    """Has Ctrl-C print the line and end the process with status 130, but where `noticing` is at work.
+    """Makes Ctrl-C print the line and end the process with status 130, unless `noticing` is active.
 
     In a thread other than the main one, or where Ctrl-C is ignored (as in a shell's background), nothing changes.
     """
@@ -49,9 +49,9 @@ def _wait(read: int, line: str) -> None:
 
 @contextlib.contextmanager
 def noticing() -> Iterator[list[int]]:
-    """A list to which SIGTERM, and within `ending_at_once` the first Ctrl-C, is added instead of ending the process.
+    """A list of the signals noticed, which do not end the process: SIGTERM, and in `ending_at_once` the first Ctrl-C.
 
-    In a thread other than the main one nothing is noticed: Python lets no other have handlers.
+    In a thread other than the main one nothing is noticed: Python allows handlers in the main thread only.
     """
     global _noticed
     noticed: list[int] = []

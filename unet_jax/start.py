@@ -1,4 +1,4 @@
-"""What a run starts from: initial weights, another run's, or the checkpoint that it was left at, unless it is done."""
+"""What a run starts from: initial weights, another run's weights, or its own newest checkpoint, unless it is done."""
 
 import dataclasses
 import sys
@@ -17,7 +17,7 @@ from unet_jax.progress import epochs_text
 
 
 def what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
-    """What a run has that has no more to do, else ""; after refusing a folder that holds something else."""
+    """What a finished run has done, or "" if there is more to do. Refuses a folder that holds something else."""
     if overwrite or not folder.exists():
         return ""
     if not (folder / "config.json").exists():
@@ -37,9 +37,9 @@ def what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
 
 
 def settle_precision(config: RunConfig, folder: Path, placement: Placement, overwrite: bool) -> RunConfig:
-    """The config with the precision "auto" settled: that of the run that goes on in the folder, else the fastest.
+    """The config with the precision "auto" replaced by that of the run to continue in the folder, else by the fastest.
 
-    It is written settled, so that a run that goes on elsewhere does not change it without a word.
+    config.json gets the result, so that a run that continues on another machine does not silently change it.
     """
     fastest, precision = device.fastest_precision(placement), config.model.precision
     if precision == "bfloat16" and fastest == "float32":
@@ -62,7 +62,7 @@ def start_from(config: RunConfig, placement: Placement) -> Restored:
 
 
 def taken_over(config: RunConfig, theirs: RunConfig, fresh: Any, variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables of the run of --init-from; where its classes are others, with the last layer of `fresh`.
+    """The variables of the run of --init-from, with the last layer of `fresh` if that run has other classes.
 
     Raises:
       InputError: the networks differ in more than that.
@@ -79,7 +79,7 @@ def taken_over(config: RunConfig, theirs: RunConfig, fresh: Any, variables: dict
 
 
 def resume(folder: Path, config: RunConfig, placement: Placement) -> Restored:
-    """The newest sound checkpoint of an unfinished run, its metrics.jsonl brought in line."""
+    """Reads the newest sound checkpoint of an unfinished run, and makes metrics.jsonl match it."""
     restored = runs.restored(config, folder / "checkpoints", placement)
     for line in restored.skipped:
         print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where else the records of a run go: a tracker is a function that takes a record, as soon as an epoch has one."""
+"""Trackers send the records of a run elsewhere: functions that are called with the record of each epoch."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from PIL import Image
 from unet_jax import runs
 from unet_jax.errors import InputError
 
-Tracker = Callable[[Mapping[str, Any]], object]  # of a line of metrics.jsonl; what it returns is left alone
+Tracker = Callable[[Mapping[str, Any]], object]  # takes a line of metrics.jsonl; what it returns is ignored
 
 
 def tensorboard(folder: str | Path) -> Tracker:
@@ -40,7 +40,7 @@ def tensorboard(folder: str | Path) -> Tracker:
 
 
 def _write_events(file: Path, record: Mapping[str, Any], figure: Path | None) -> None:
-    # Not by tensorboardX.SummaryWriter, whose thread would meet a full disk unseen.
+    # Not with tensorboardX.SummaryWriter: it writes in a thread, where a full disk would go unnoticed.
     from tensorboardX import RecordWriter
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary

@@ -26,8 +26,8 @@ Views = tuple[tuple[int, ...], ...]  # the axes of pictures [N, H, W, C] that ea
 class TrainState(NamedTuple):
     """All that training changes: arrays only. step is an int32 scalar, the steps taken so far.
 
-    averaged, with TrainConfig.ema, is linen's variables with the params' average and the batch statistics that belong
-    to it: within an epoch training's own stand in, at its end they are taken anew.
+    With TrainConfig.ema, averaged holds the averaged params and their batch statistics as linen's variables. During an
+    epoch the statistics are training's own; at its end they are computed anew for the averaged params.
     """
 
     step: Array
@@ -52,7 +52,7 @@ def make_model(config: ModelConfig, num_classes: int, placement: Placement) -> U
 
 
 def make_schedule(config: TrainConfig, steps_per_epoch: int) -> float | optax.Schedule:
-    """The learning rate: a number, or where it changes a function of the steps taken so far."""
+    """The learning rate: a number, or a function of the steps taken so far if it changes."""
     peak, warmup = config.learning_rate, config.warmup_epochs * steps_per_epoch
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.epochs * steps_per_epoch)
@@ -74,11 +74,11 @@ def init_state(
 ) -> TrainState:
     """A fresh state; its parameters depend on the seed and the network alone, not on the size of pictures.
 
-    They are float32, whatever JAX's default is. The average of an `ema` starts at 0: the first step replaces it.
+    They are float32, whatever JAX's default is. With `ema`, the average starts at 0, and the first step replaces it.
     """
     side = 2 ** (len(model.widths) - 1)
     with jax.enable_x64(False):  # else initial values would be other ones, in float64
-        # Under jit, which drops the forward pass: run eagerly, each of its operations would be compiled by itself.
+        # jit drops the forward pass. Run eagerly, each operation of that pass would be compiled separately.
         variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, channels), jnp.float32))
     params = variables["params"]
     averaged = jax.tree.map(jnp.zeros_like, dict(variables)) if ema else None
@@ -86,8 +86,8 @@ def init_state(
 
 
 def prepare(images: ArrayLike, dtype: DTypeLike) -> Array:
-    """Pictures of 0 to 255 to what the network is fed: values in [0, 1]."""
-    wide = np.promote_types(dtype, np.float32)  # 1/255 is no bfloat16
+    """Scales pictures from 0 to 255 to the network's input: values in [0, 1]."""
+    wide = np.promote_types(dtype, np.float32)  # bfloat16 holds 1/255 too coarsely
     return (jnp.asarray(images, wide) * jnp.asarray(1 / 255, wide)).astype(dtype)
 
 
@@ -104,9 +104,9 @@ def train_step(
 ) -> tuple[TrainState, Array]:
     """One update, pure: the new state, and the batch's loss (a scalar) before the update.
 
-    Keys are of (seed, step): nothing random is carried along, so that going on from a checkpoint is exact. The
-    average's decay grows to `ema` as step / (step + 10), by which early steps are forgotten (the polynomial-decay
-    averaging of Shamir and Zhang 2013, arXiv:1212.1824, with eta 9).
+    Random keys come from (seed, step) only, so that continuing from a checkpoint is exact. The average's decay is
+    step / (step + 10), at most `ema`, so that early steps are forgotten (the polynomial-decay averaging of Shamir and
+    Zhang 2013, arXiv:1212.1824, with eta 9).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     if strength != "none":
@@ -138,10 +138,10 @@ def train_step(
 
 
 def statistics_step(state: TrainState, batch: Batch, count: ArrayLike, *, model: UNet) -> TrainState:
-    """The averaged params' batch statistics as the mean over `count` batches before and this one.
+    """Updates the averaged params' batch statistics to the mean over this batch and the `count` batches before it.
 
-    The average has met no batch: those that its parts gathered in training belong to other activations (Izmailov et
-    al. 2018, arXiv:1803.05407). Pictures are as evaluation's: without dropout, not augmented.
+    The statistics of training do not fit the averaged params, which have other activations (Izmailov et al. 2018,
+    arXiv:1803.05407). As in evaluation, there is no dropout and no augmentation.
     """
     averaged: Any = state.averaged
     before, params = averaged["batch_stats"], averaged["params"]
@@ -152,25 +152,25 @@ def statistics_step(state: TrainState, batch: Batch, count: ArrayLike, *, model:
         train=True,
         mutable=["batch_stats"],
     )
-    own = 1 / (1 - BatchNorm.momentum)  # of what started at 0
+    own = 1 / (1 - BatchNorm.momentum)  # undoes the momentum: statistics started at 0
     mean = jax.tree.map(lambda old, new: old + (own * new - old) / (count + 1), before, updated["batch_stats"])
     return state._replace(averaged={"params": params, "batch_stats": mean})
 
 
 def variables(state: TrainState) -> dict[str, Any]:
-    """What evaluates and predicts, as linen's variables: the averages where there are some."""
+    """Linen's variables for evaluation and prediction: the averages if there are any."""
     return state.averaged or {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def inference_state(state: TrainState) -> TrainState:
-    """The state with what predicts alone, the averages in their parameters' place."""
+    """The state with only what prediction needs; averages, if any, replace parameters and batch statistics."""
     return TrainState(state.step, opt_state=None, **variables(state))
 
 
 def infer(state: TrainState, images: ArrayLike, model: UNet, views: Views = ((),)) -> Array:
     """Logits [N, H, W, num_classes] of pictures uint8 [N, H, W, C]: running statistics, no dropout.
 
-    Of several views, each flipped along its axes of the pictures, the logarithm of their mean probabilities.
+    Each view flips the pictures along its axes. Several views give the logarithm of their mean probabilities.
     """
 
     def of_view(axes: tuple[int, ...]) -> Array:
@@ -216,7 +216,7 @@ def make_steps(
 ) -> Steps:
     """Jits the steps of a run: state replicated, batch split over the devices, loss and statistics over all of it.
 
-    `steps_per_epoch` is len(train), which schedules and warm-up count by. `model` is by default that of `make_model`.
+    `steps_per_epoch` is len(train), by which schedules and warm-up count. `model` is that of `make_model` by default.
     `views` are those of `infer`, for evaluate and predict.
     """
     model = model or make_model(config.model, len(config.data.class_names), placement)

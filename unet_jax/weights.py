@@ -1,4 +1,4 @@
-"""A trained network to give away: config.json beside weights.msgpack, which are small and need no training state."""
+"""A trained network to share: config.json and weights.msgpack, which are small and hold no optimizer state."""
 
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ FILE = "weights.msgpack"
 
 
 def to_bytes(state: TrainState) -> bytes:
-    """An inference state, its kernels rounded to bfloat16: two bytes a parameter; statistics and biases float32."""
+    """An inference state as bytes: kernels rounded to bfloat16 (two bytes each), statistics and biases in float32."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     small = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, variables)
     return serialization.msgpack_serialize(jax.device_get({"step": state.step, **small}))
 
 
 def read(folder: Path, abstract: TrainState) -> TrainState:
-    """The inference state in a folder, float32 again, for the network that `abstract` is a state of.
+    """The inference state in a folder, as float32 again. `abstract` is a state of the same network.
 
     Raises:
-      InputError: the file cannot be read, or is of another network than config.json says.
+      InputError: the file cannot be read, or belongs to another network than config.json's.
     """
     target: Any = {"step": abstract.step, "params": abstract.params, "batch_stats": abstract.batch_stats}
     try:

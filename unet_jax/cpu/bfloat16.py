@@ -1,6 +1,6 @@
-"""The convolutions on a CPU and their gradients in bfloat16, in C++ for processors with matrix units (bfloat16.cc).
+"""Convolutions on a CPU and their gradients in bfloat16, in C++ for processors with matrix units (bfloat16.cc).
 
-As those of `convs` they read lazy arrays as they are. Kernels, biases and their gradients are float32: the C++ rounds
+Like those of `convs`, they read lazy arrays directly. Kernels, biases and their gradients are float32: the C++ rounds
 kernels to bfloat16 when it packs them. Products are summed in float32.
 """
 
@@ -22,7 +22,7 @@ Parts = tuple[Part, ...]
 
 
 def handles(x: Array | Lazy, dtype: DTypeLike) -> bool:
-    """Whether the C++ computes it in dtype: that and x are bfloat16, what scales it float32, sizes known and not 0."""
+    """Whether the C++ can compute it: dtype and x are bfloat16, gain and shift float32, sizes known and not 0."""
     opened_parts = [opened(part) for part in parts_of(x)]
     return (
         dtype == HALF
@@ -34,7 +34,7 @@ def handles(x: Array | Lazy, dtype: DTypeLike) -> bool:
 
 
 def _conv(shape: tuple[int, ...], parts: Parts, kernel: Array, bias: Array | np.ndarray, step: int) -> Array:
-    """The C++'s convolution to [N, H, W, O]; of step -2 the transposed one of stride 2."""
+    """The C++ convolution to [N, H, W, O]. Step -2 is the transposed convolution of stride 2."""
     results = [jax.ShapeDtypeStruct(shape, HALF)]
     return call_library("bfloat16_conv", results, parts, kernel, bias, turned=step < 0, step=np.int64(step))[0]
 
@@ -46,12 +46,12 @@ def _kernel_gradient(parts: Parts, g: Part, kernel: Array, step: int) -> Array:
 
 
 def conv(x: Array | Lazy, kernel: Array, bias: Array, strides: int = 1) -> Array:
-    """`layers.Conv`'s: x [N, H, W, I] with kernel [k, k, I, O] to [N, ceil(H/strides), ceil(W/strides), O]."""
+    """As `layers.Conv`: x [N, H, W, I] with kernel [k, k, I, O] to [N, ceil(H/strides), ceil(W/strides), O]."""
     return _any_conv(parts_of(x), kernel, bias, strides)
 
 
 def transposed_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
-    """`layers.TransposedConv`'s: x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O], plus bias [O]."""
+    """As `layers.TransposedConv`: x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O], plus bias [O]."""
     return _transposed_conv(*parts_of(x), kernel, bias)
 
 

@@ -1,7 +1,7 @@
 """The 3x3 convolutions on a CPU and their gradients, in C++ (convs.cc).
 
-XLA's own reach two thirds of what a CPU can multiply, their kernel gradients a third. The C++ reads lazy arrays as they
-are: parts that are concatenated along the channels, each maybe a `Scaled`.
+XLA's own convolutions reach two thirds of a CPU's peak, their kernel gradients a third. The C++ reads lazy arrays
+directly: parts to be concatenated along the channels, each of which may be a `Scaled`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Part = Array | Scaled
 
 
 def handles(x: Array | Lazy, kernel: Array, strides: int = 1) -> bool:
-    """Whether the C++ computes it: all float32, features by 16, sizes known and not 0, and even for a stride of 2."""
+    """Whether the C++ can compute it: all float32, features multiples of 16, sizes known, not 0, even for stride 2."""
     parts = parts_of(x)
     arrays = [array for part in parts for array in opened(part)] + [kernel]
     counts = [part.shape[-1] for part in parts] + [*kernel.shape[2:]]
@@ -68,16 +68,16 @@ def _call(
 
 
 def _tile(x: Part, kernel: Array) -> np.int64:
-    """m of Winograd's F(m x m, 3x3): the larger one if there are tiles enough to outweigh its larger kernels.
+    """m of Winograd's F(m x m, 3x3): 4 if there are enough tiles to outweigh its larger kernels, else 2.
 
-    Measured (LOG.md): 4 tiles >= sqrt(I O).
+    The bound 4 tiles >= sqrt(I O) was measured (LOG.md).
     """
     n, h, w, _ = x.shape
     return np.int64(4 if 16 * (n * -(-h // 4) * -(-w // 4)) ** 2 >= kernel.shape[2] * kernel.shape[3] else 2)
 
 
 def to_part(part: Part, to_value: Array) -> Part:
-    """The gradient to a part, of that to its value."""
+    """The gradient with respect to a part, from the one with respect to its value."""
     return jax.vjp(as_array, part)[1](to_value)[0]
 
 
@@ -92,7 +92,7 @@ def halving_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
 
 
 def transposed_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
-    """That of `layers.TransposedConv`: x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O], plus bias [O]."""
+    """As `layers.TransposedConv`: x [N, H, W, I] with kernel [3, 3, O, I] to [N, 2H, 2W, O], plus bias [O]."""
     return _transposed_conv(*parts_of(x), kernel, bias)
 
 
@@ -120,7 +120,7 @@ def _double(x: Part, kernel: Array, bias: Array | np.ndarray) -> Array:
 
 @jax.custom_vjp
 def _halving_conv(x: Part, kernel: Array, bias: Array) -> Array:
-    return convolution(as_array(x), kernel, 2) + bias[None, None, None]  # of these XLA's own is the fastest
+    return convolution(as_array(x), kernel, 2) + bias[None, None, None]  # here XLA's own is the fastest
 
 
 def _halving_conv_bwd(residuals: tuple[Part, Array], g: Array) -> tuple[Part, Array, Array]:

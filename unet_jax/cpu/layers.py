@@ -1,6 +1,6 @@
 """The layers of `unet_jax.layers` in forms that run fast on one CPU device; parameters and results are the same.
 
-Gradients are written out (reverse mode; where the C++ is used, of first order alone).
+Gradients are hand-written, for reverse mode. Where the C++ is used, there are only gradients of first order.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ class TransposedConv(layers.TransposedConv):
             return plain(x, kernel, bias)
 
         def gradients(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
-            # Those of the convolution of stride 2 that it transposes; of the plain form's four outputs XLA's are slow.
+            # Those of the stride 2 convolution that it transposes: XLA's own, of four outputs in one, are slow.
             x, kernel = residuals
             to_kernel = jax.linear_transpose(lambda kernel: layers.convolution(g, kernel, 2), kernel)(x)[0]
             return layers.convolution(g, kernel, 2), to_kernel, channel_sum(g)
@@ -72,7 +72,7 @@ add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), lambda _, g: (g, chan
 
 
 class BatchNorm(layers.BatchNorm):
-    """`layers.BatchNorm`, which keeps its input alone for the gradient; its output is lazy."""
+    """`layers.BatchNorm` that keeps only its input for the gradient. Its output is lazy."""
 
     def statistics(self, x: Array | Lazy) -> tuple[Array, Array]:
         """Mean and biased variance [C] of x, float32 or wider."""
@@ -112,7 +112,7 @@ _statistics.defvjp(_statistics_fwd, _statistics_bwd)
 
 
 class Dropout(nn.Dropout):
-    """linen's, of lazy arrays too."""
+    """linen's Dropout, which takes lazy arrays too."""
 
     @nn.compact
     def __call__(self, x: Any) -> Any:  # type: ignore[override]
@@ -120,7 +120,7 @@ class Dropout(nn.Dropout):
 
 
 def relu(x: Array | Lazy) -> Array | Lazy:
-    """max(x, 0), to be computed where it is used; of what is lazy itself, at once."""
+    """max(x, 0), computed where it is used, or at once if x itself is lazy."""
     return nn.relu(x.value()) if isinstance(x, Lazy) else Rectified(x)
 
 
@@ -132,17 +132,17 @@ def join(parts: list[Any]) -> Joined:
 
 
 def max_pool(x: Array | Lazy) -> Array:
-    """`layers.max_pool` of lazy arrays too."""
+    """`layers.max_pool`, which takes lazy arrays too."""
     return _in_wide_dtype(layers.max_pool, as_array(x))
 
 
 def _in_wide_dtype(f: Callable[[Array], Array], x: Array) -> Array:
-    """f(x), computed in float32 where x is bfloat16: in that, XLA takes up to ten times as long."""
+    """f(x), computed in float32 if x is bfloat16, in which XLA takes up to ten times as long."""
     return f(x.astype(layers.wide_dtype(x))).astype(x.dtype)
 
 
 def resize_double(x: Array | Lazy) -> Array:
-    """`layers.resize_double` as a few passes over x, where a matrix product multiplies mostly zeros."""
+    """`layers.resize_double` as a few passes over x. A matrix product would multiply mostly zeros."""
     return _in_wide_dtype(lambda x: _double_axis(_double_axis(x, 2), 1), as_array(x))
 
 

@@ -1,6 +1,6 @@
 """Arrays that are computed where they are used: the outputs of ReLU, batch norm and concatenation.
 
-`convs` reads them as they are and never writes them as a whole; for all others `as_array` computes them.
+`convs` reads them directly and never stores them whole. For all other code `as_array` computes them.
 """
 
 from functools import partial
@@ -62,10 +62,10 @@ class Joined(Lazy):
 
 @flax.struct.dataclass
 class Scaled(Lazy):
-    """x * gain + shift of x [N, H, W, C], or of max(x, 0) if `relu_first`, with gain and shift [C]: [N, H, W, C].
+    """x * gain + shift [N, H, W, C], with max(x, 0) for x if `relu_first`. x is [N, H, W, C], gain and shift are [C].
 
-    The output of batch norm. Made by `scaled` alone: the gradient to x here is the one to the value, summed over all
-    places that use it; `scaled` takes it from there.
+    It is the output of batch norm. Only `scaled` may make it: the gradient with respect to x here is the gradient with
+    respect to the value, summed over all its uses, and `scaled` applies the chain rule to that sum.
     """
 
     x: Array
@@ -104,13 +104,13 @@ def scaled(x: Array, gain: Array, shift: Array, relu_first: bool = False) -> Sca
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _unscaled(x: Array, gain: Array, shift: Array, relu_first: bool) -> Array:
-    # Gives x as it is, and has the gradients of `_scale`: those of all its uses arrive here as one sum, so that the
-    # sums over the pixels are made once.
+    # Returns x unchanged, but with the gradients of x * gain + shift. The gradients of all uses arrive here as one sum,
+    # so that the sums over the pixels are computed once.
     return x
 
 
 def _unscaled_fwd(x: Array, gain: Array, shift: Array, relu_first: bool) -> tuple[Array, tuple[Array, Array]]:
-    return _unscaled(x, gain, shift, relu_first), (x, gain)  # not x alone: gradients of gradients pass here too
+    return _unscaled(x, gain, shift, relu_first), (x, gain)  # not plain x: gradients of gradients pass here too
 
 
 def _unscaled_bwd(relu_first: bool, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:

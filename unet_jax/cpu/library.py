@@ -36,7 +36,7 @@ def is_available() -> bool:
 
 @functools.cache
 def has_bfloat16() -> bool:
-    """Whether it has those in bfloat16 too, for which the processor needs matrix units (AMX) and Linux's permission."""
+    """Whether it has the bfloat16 functions too. They need matrix units (AMX), and Linux's permission to use them."""
     library = _load() if is_available() else None
     if not library:
         return False
@@ -60,7 +60,7 @@ def _load() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(compiled(default_cache_dir() / "cpu")))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         logging.getLogger(__name__).warning(
-            "steps take about twice as long: the convolutions could not be compiled or loaded, which takes a C++"
+            "steps take about twice as long: the convolutions could not be compiled or loaded, which needs a C++"
             " compiler (CXX names it) and a cache folder that can be written (in XDG_CACHE_HOME): %s",
             error,
         )
@@ -68,16 +68,16 @@ def _load() -> ctypes.CDLL | None:
 
 
 def compiled(folder: Path) -> Path:
-    """The library in `folder`, made if it is not there whole.
+    """The library in `folder`, which is made if it is missing or incomplete.
 
     Raises:
       OSError, RuntimeError, ValueError, subprocess.SubprocessError: it cannot be made, or others may write the folder.
     """
     command = [*shlex.split(os.environ.get("CXX") or "c++"), "-std=c++17", "-O3", "-march=native"]
-    # Not CXXFLAGS: what else is built with may be meant for older processors.
+    # Not CXXFLAGS: the flags of other builds may be for older processors.
     command += shlex.split(os.environ.get("UNET_JAX_CXXFLAGS", ""))
-    command += ["-ffp-contract=off"]  # what is fused is written out: see fma in the source
-    # What it defines tells the compiler's version and the processor's abilities.
+    command += ["-ffp-contract=off"]  # fused multiply-adds are written out: see fma in the source
+    # The predefined macros tell the compiler's version and the processor's abilities.
     defined = subprocess.run(
         [*command, "-dM", "-E", "-x", "c++", os.devnull], check=True, stdout=subprocess.PIPE, timeout=SECONDS
     ).stdout

@@ -12,12 +12,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Lets a process keep the memory of a step on the CPU for the next one, where its C library is glibc.
+    """Lets a process keep the memory of a step on the CPU for the next one, if its C library is glibc.
 
-    A step's temporaries are one block. As it is, glibc takes each such block from the system and gives it back after
-    the step, and the system zeroes the pages of the next: a quarter of the time of a step of 8 x 128x128. Only the main
-    thread's heap can keep such blocks, so steps run there: dispatch is no longer asynchronous, which gained nothing
-    where a step takes all cores. What compiling a step took, up to 2 GB, goes back before the step runs.
+    A step's temporaries are one block. By default glibc takes the block from the system and gives it back after each
+    step, and the system zeroes its pages each time: a quarter of the time of a step of 8 x 128x128. Only the main
+    thread's heap can keep such a block, so steps run in that thread. Dispatch is then synchronous, which costs nothing
+    where a step uses all cores. The memory that compiling took, up to 2 GB, is given back before the step runs.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
