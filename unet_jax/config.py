@@ -135,7 +135,7 @@ class TrainConfig:
     class_weights: tuple[float, ...] = ()
     """Weight of each class's pixels in cross_entropy, a weighted mean over pixels. Default: all the same."""
     schedule: Schedule = "constant"
-    """Learning rate after the warm-up: constant, or falling to 0 at the last step along half a cosine."""
+    """Learning rate after the warm-up: constant, or falling to 0 along half a cosine."""
     warmup_epochs: int = 0
     """Epochs in which the learning rate rises from 0, linearly."""
     weight_decay: float = 0.0

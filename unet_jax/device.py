@@ -77,7 +77,7 @@ def placement(devices: Sequence[jax.Device] | None = None) -> Placement:
 
 
 def compute_dtype(precision: Precision, platform: str) -> DTypeLike:
-    """The dtype that layers compute in. A run's "auto" is one of an older version: it was not settled when it began."""
+    """The dtype that layers compute in. Exported weights have "auto", and runs of older versions."""
     if precision == "auto":
         return jnp.float32 if platform == "cpu" else jnp.bfloat16
     return jnp.dtype(precision)

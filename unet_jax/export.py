@@ -130,7 +130,7 @@ def export_run(run: Path, out: Path, format: ExportFormat = "jax") -> dict[str, 
     """Writes a run's checkpoint (that of `runs.load`) to `out` as one file, and model.json, whose content it returns.
 
     The layers compute in float32, whatever the run's precision, since the file is for any device. The format "weights"
-    also writes a config.json: its precision is "auto", and it names no folder of this machine.
+    leaves the precision to the device, and writes a config.json that names no folder of this machine.
 
     Raises:
       InputError: there is no run or no complete checkpoint, `out` cannot be written, or what the format needs is not

@@ -24,7 +24,7 @@ SIGTERM_STATUS = 128 + signal.SIGTERM
 
 @functools.cache
 def quiet() -> None:
-    """Silences orbax in this process: its messages on each step, and on what it abandoned after a failed read."""
+    """Silences orbax in this process: its messages on each step, and on writes that were abandoned."""
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 

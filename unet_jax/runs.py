@@ -111,7 +111,11 @@ def write_split(folder: Path, split: Mapping[str, Sequence[str]], goes_on: bool)
 
 
 def read_split(folder: Path) -> dict[str, list[str]]:
-    """The names of the pictures in each split of the run in `folder`; {} of a run that an older version made."""
+    """The names of the pictures in each split of the run in `folder`; {} of a run that an older version made.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
     try:
         return dict(json.loads((folder / "split.json").read_text()))
     except FileNotFoundError:

@@ -142,7 +142,7 @@ def _in_wide_dtype(f: Callable[[Array], Array], x: Array) -> Array:
 
 
 def resize_double(x: Array | Lazy) -> Array:
-    """`layers.resize_double` as a few passes over x. A matrix product would multiply mostly zeros."""
+    """`layers.resize_double`, whose gradient shifts and adds instead of padding slices."""
     return _in_wide_dtype(lambda x: _double_axis(_double_axis(x, 2), 1), as_array(x))
 
 

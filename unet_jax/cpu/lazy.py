@@ -1,6 +1,6 @@
 """Arrays that are computed where they are used: the outputs of ReLU, batch norm and concatenation.
 
-`convs` reads them directly and never stores them whole. For all other code `as_array` computes them.
+`convs` and `bfloat16` read concatenations and scaled parts directly. For all other code `as_array` computes them.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""The C++ of `convs`, compiled at its first use for the machine's processor and kept in the user's cache folder."""
+"""The C++ of `convs` and `bfloat16`, compiled at first use for this processor, and kept in the user's cache."""
 
 import ctypes
 import functools
