@@ -9,7 +9,6 @@ validation mean IoU, its difference from the first setting with the same seed, a
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 from unet_jax.commands.report import spread
 from unet_jax.errors import InputError, exit_on_input_error
+from unet_jax.runs import read_records
 
 # name -> flags of run.py
 BASE = "--variant mp_tr_ce --loss cross_entropy+soft_dice --batch-size 32 --validation-fraction 0.1"
@@ -50,7 +50,7 @@ def flags(setting: str) -> list[str]:
 
 def read(folder: Path) -> Trained:
     """The result of a finished run."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(folder)
     return Trained(records[-1]["validation_mean_iou"], sum(record["seconds"] for record in records) / 60)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, export, lax
 
 from unet_jax import checkpoint, device, layers, runs, weights
-from unet_jax.config import ExportFormat, Precision, RunConfig, sides, to_dict
+from unet_jax.config import ExportFormat, RunConfig, sides, to_dict
 from unet_jax.errors import InputError, quiet
 from unet_jax.predict import probabilities_step
 from unet_jax.train import TrainState, inference_state, make_model
@@ -34,6 +34,13 @@ class Artifact(NamedTuple):
     shape: str  # of the pictures, in the notation of `jax.export.symbolic_shape`
     usage: str  # the lines that call it
     facts: Mapping[str, Any]  # what else model.json says
+    config: RunConfig | None = None  # written as config.json, for a folder that stands for the run
+
+
+def any_size(config: RunConfig) -> str:
+    """Artifact.shape of any batch, and any size that fits the levels."""
+    multiple = 2 ** (len(config.model.widths) - 1)
+    return f"n, {multiple}*h, {multiple}*w, 3"
 
 
 def plain_step(config: RunConfig, state: TrainState, images: Array) -> Array:
@@ -44,8 +51,7 @@ def plain_step(config: RunConfig, state: TrainState, images: Array) -> Array:
 
 def stablehlo(config: RunConfig, state: TrainState) -> Artifact:
     """The run as a program for PLATFORMS, for any batch and size."""
-    multiple = 2 ** (len(config.model.widths) - 1)
-    shape = f"n, {multiple}*h, {multiple}*w, 3"
+    shape = any_size(config)
 
     def step(images: Array) -> Array:
         # The barrier keeps XLA from folding the weights as constants: rounding does not change, and compiling is quick.
@@ -95,12 +101,18 @@ labels = session.run(None, {"images": images})[0].argmax(-1)"""
 
 
 def weights_alone(config: RunConfig, state: TrainState) -> Artifact:
-    """The run's parameters and batch statistics alone; `runs.load` reads them with config.json."""
-    multiple = 2 ** (len(config.model.widths) - 1)
+    """The run's parameters and batch statistics alone; `runs.load` reads them with config.json.
+
+    That config leaves the precision to the device, and names no folder of this machine.
+    """
     usage = 'import unet_jax\nlabels = unet_jax.load(".")(list(images))'
-    return Artifact(
-        weights.FILE, weights.to_bytes(state), f"n, {multiple}*h, {multiple}*w, 3", usage, {"needs": ["unet_jax"]}
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, precision="auto"),
+        data=dataclasses.replace(config.data, data_dir=None),
+        train=dataclasses.replace(config.train, init_from=None),
     )
+    return Artifact(weights.FILE, weights.to_bytes(state), any_size(config), usage, {"needs": ["unet_jax"]}, config)
 
 
 FORMATS = {"jax": stablehlo, "onnx": onnx, "weights": weights_alone}
@@ -129,32 +141,26 @@ def describe(config: RunConfig, step: int, artifact: Artifact) -> dict[str, Any]
 def export_run(run: Path, out: Path, format: ExportFormat = "jax") -> dict[str, Any]:
     """Writes a run's checkpoint (that of `runs.load`) to `out` as one file, and model.json, whose content it returns.
 
-    The layers compute in float32, whatever the run's precision, since the file is for any device. The format "weights"
-    leaves the precision to the device, and writes a config.json that names no folder of this machine.
+    The layers compute in float32, whatever the run's precision, since the file is for any device. With the format
+    "weights" there is a config.json too, and the device chooses.
 
     Raises:
       InputError: there is no run or no complete checkpoint, `out` cannot be written, or what the format needs is not
         installed.
     """
     config, restored = runs.load(run, device.placement())
-    precision: Precision = "auto" if format == "weights" else "float32"
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, precision=precision),
-        data=dataclasses.replace(config.data, data_dir=None),
-        train=dataclasses.replace(config.train, init_from=None),
-    )
-    if checkpoint.exists(out / "checkpoints"):
-        raise InputError(f"--out {out} holds a run: choose another folder")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="float32"))
     try:
         artifact = FORMATS[format](config, jax.device_get(inference_state(restored.state)))
+        if artifact.config and checkpoint.exists(out / "checkpoints"):
+            raise InputError(f"--out {out} holds a run, whose config.json would be replaced: choose another folder")
         out.mkdir(parents=True, exist_ok=True)
-        description = describe(config, int(restored.state.step), artifact)
+        description = describe(artifact.config or config, int(restored.state.step), artifact)
         (out / "model.json").unlink(missing_ok=True)  # it is written last: with it the folder is complete
         with runs.replacing(out / artifact.name) as file:
             file.write(artifact.content)
-        if format == "weights":
-            runs.write_json(out / "config.json", to_dict(config))
+        if artifact.config:
+            runs.write_json(out / "config.json", to_dict(artifact.config))
         runs.write_json(out / "model.json", description)
     except ImportError:
         raise InputError(f"this export needs {MISSING[format]}") from None

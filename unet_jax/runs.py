@@ -175,15 +175,14 @@ def load(folder: Path, placement: Placement, config: RunConfig | None = None) ->
     """
     config = config or read_config(folder)
     if (folder / weights.FILE).exists() and not exists(folder / "checkpoints"):
-        abstract = jax.eval_shape(partial(fresh_state, config, placement))
-        state = jax.device_put(weights.read(folder, abstract), placement.replicated)
+        state = jax.device_put(weights.read(folder, abstract_state(config, placement)), placement.replicated)
         return config, Restored(state, Progress([], []), [])
     return config, restored(config, folder / ("best" if exists(folder / "best") else "checkpoints"), placement)
 
 
 def restored(config: RunConfig, checkpoints: Path, placement: Placement) -> Restored:
     """The newest sound checkpoint in the folder `checkpoints` of a run of this config; InputError if there is none."""
-    return restore(checkpoints, jax.eval_shape(partial(fresh_state, config, placement)), placement.replicated)
+    return restore(checkpoints, abstract_state(config, placement), placement.replicated)
 
 
 def fresh_state(config: RunConfig, placement: Placement) -> TrainState:
@@ -191,6 +190,11 @@ def fresh_state(config: RunConfig, placement: Placement) -> TrainState:
     model, train = make_model(config.model, len(config.data.class_names), placement), config.train
     optimizer = make_optimizer(train, steps_per_epoch=1)  # its state is the same for any
     return init_state(model, optimizer, train.seed, ema=train.ema)
+
+
+def abstract_state(config: RunConfig, placement: Placement) -> TrainState:
+    """The shapes and dtypes of `fresh_state`, without its arrays."""
+    return jax.eval_shape(partial(fresh_state, config, placement))
 
 
 def finished_records(folder: Path) -> list[dict[str, Any]]:

@@ -181,7 +181,7 @@ def infer(state: TrainState, images: ArrayLike, model: UNet, views: Views = ((),
     answers = [of_view(axes) for axes in views]
     if len(views) == 1:
         return answers[0]
-    return jax.nn.logsumexp(jnp.stack([jax.nn.log_softmax(a) for a in answers]), 0) - np.log(len(views))
+    return jax.nn.logsumexp(jnp.stack([jax.nn.log_softmax(a) for a in answers]), 0, b=1 / len(views))
 
 
 def eval_step(

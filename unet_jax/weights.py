@@ -8,15 +8,14 @@ import jax.numpy as jnp
 from flax import serialization
 
 from unet_jax.errors import InputError
-from unet_jax.train import TrainState
+from unet_jax.train import TrainState, variables
 
 FILE = "weights.msgpack"
 
 
 def to_bytes(state: TrainState) -> bytes:
     """An inference state as bytes: kernels rounded to bfloat16 (two bytes each), statistics and biases in float32."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, variables)
+    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, variables(state))
     return serialization.msgpack_serialize(jax.device_get({"step": state.step, **small}))
 
 
@@ -26,7 +25,7 @@ def read(folder: Path, abstract: TrainState) -> TrainState:
     Raises:
       InputError: the file cannot be read, or belongs to another network than config.json's.
     """
-    target: Any = {"step": abstract.step, "params": abstract.params, "batch_stats": abstract.batch_stats}
+    target: Any = {"step": abstract.step, **variables(abstract)}
     try:
         content = serialization.msgpack_restore((folder / FILE).read_bytes())
         arrays = jax.tree.map(_as, content, target)
