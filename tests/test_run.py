@@ -264,6 +264,6 @@ def test_best_epoch_is_chosen_on_the_validation_part(home):
     execute(home, "evaluate.py", run)
     assert json.loads((run / "evaluation-test" / "evaluation.json").read_text())["mean_iou"] == test["mean_iou"]
     # Going on takes the newest checkpoint all the same.
-    assert "going on from step 4, 4 epochs" in execute(home, "run.py", *flags, "--epochs", 5, "--workdir", run)
+    assert "going on from step 4, after 4 epochs" in execute(home, "run.py", *flags, "--epochs", 5, "--workdir", run)
     other = execute(home, "evaluate.py", home / "all" / "mp_tr_ce", "--split", "validation", status=2)
     assert "kept no part of train" in other or "is no run folder" in other
