@@ -1,4 +1,4 @@
-"""The report of runs by any framework, and the ablation's settings and table."""
+"""The report of runs by any framework, the ablation's settings and table, and the time to a quality."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import ablation
+import time_to_quality
 
 from unet_jax.commands import report
 from unet_jax.commands.train import parse
@@ -104,3 +105,16 @@ def test_ablation_table_pairs_seeds():
         f"| base | 2 | 0.5500 (0.5000 to 0.6000) | +0.0000 (+0.0000 to +0.0000) | {minutes} |",
         f"| ema | 2 | 0.5150 (0.4500 to 0.5800) | -0.0350 (-0.0500 to -0.0200) | {minutes} |",
     ]
+
+
+def test_time_to_quality_counts_the_run_that_another_began_from(tmp_path, monkeypatch):
+    first = make_run(tmp_path / "first", 1, [0.9, 0.8])  # epochs of 10 and 20 s
+    make_run(tmp_path / "second", 2, [0.7, 0.6], init_from=str(first))
+    command = ["time_to_quality.py", str(tmp_path / "second"), str(first), "--levels", ".6", ".65", ".75"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
+    time_to_quality.main()
+    assert (tmp_path / "out" / "time_to_quality.md").read_text().splitlines()[2:] == [
+        "| second | test | 0.7 | 0.7 | - | 0.7000 | 1.0 |",
+        "| first | test | 0.2 | - | - | 0.6000 | 0.5 |",
+    ]
+    assert (tmp_path / "out" / "time_to_quality.png").read_bytes()[:4] == b"\x89PNG"

@@ -219,3 +219,17 @@ def ratio_figure(cells: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     axes.invert_yaxis()
     axes.set(title=title, xlabel="time of a step, ours / PyTorch's best (below 1: ours is faster)", xlim=(0, None))
     return figure
+
+
+def quality_figure(curves: Sequence[Any], levels: Sequence[float]) -> "Figure":
+    """Mean IoU over minutes of training: curves with label, part, minutes and mean_iou, and a line at each level."""
+    figure = _figure(7, 4)
+    axes = figure.subplots()
+    for level in levels:
+        axes.axhline(level, color="0.7", lw=1, ls=":")
+    for curve in curves:
+        axes.plot(curve.minutes, curve.mean_iou, "o-", ms=3, label=_plain(f"{curve.label} ({curve.part})"))
+    axes.set(xlabel="minutes of training", ylabel="mean IoU", xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    return figure
