@@ -41,11 +41,17 @@ def test_the_folder_is_small_and_its_network_answers_as_the_run_does(folders):
     assert sum(file.stat().st_size for file in out.glob("*.msgpack")) < 2.5 * parameters + 4000
     assert {file.name for file in out.iterdir()} == {"config.json", "model.json", "weights.msgpack"}
     images = [picture(40, 56, seed) for seed in range(3)]
-    names = {"images": images}
-    usage = json.loads((out / "model.json").read_text())["usage"]
-    exec("\n".join(usage).replace('"."', repr(str(out))), names)
+    description = json.loads((out / "model.json").read_text())
+    assert description["input"]["shape"] == ["height", "width", 3]
+    answers = []
+    for image in images:
+        names = {"image": image}
+        exec("\n".join(description["usage"]).replace('"."', repr(str(out))), names)
+        answers.append(names["labels"])
+    assert description["output"] == {"name": "labels", "dtype": "uint8", "shape": ["height", "width"]}
+    assert {(a.dtype.name, a.shape) for a in answers} == {("uint8", (40, 56))}
     expected = load(run)(images)
-    same = [np.mean(a == b) for a, b in zip(names["labels"], expected, strict=True)]
+    same = [np.mean(a == b) for a, b in zip(answers, expected, strict=True)]
     assert min(same) > 0.97
     assert all(len(np.unique(labels)) > 1 for labels in expected)
 

@@ -34,6 +34,7 @@ class Artifact(NamedTuple):
     shape: str  # of the pictures, in the notation of `jax.export.symbolic_shape`
     usage: str  # the lines that call it
     facts: Mapping[str, Any]  # what else model.json says
+    labels: bool = False  # what those lines get: labels, else class probabilities
     config: RunConfig | None = None  # written as config.json, for a folder that stands for the run
 
 
@@ -105,14 +106,15 @@ def weights_alone(config: RunConfig, state: TrainState) -> Artifact:
 
     That config leaves the precision to the device, and names no folder of this machine.
     """
-    usage = 'import unet_jax\nlabels = unet_jax.load(".")(list(images))'
+    usage = 'import unet_jax\nlabels = unet_jax.load(".")(image)'
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, precision="auto"),
         data=dataclasses.replace(config.data, data_dir=None),
         train=dataclasses.replace(config.train, init_from=None),
     )
-    return Artifact(weights.FILE, weights.to_bytes(state), any_size(config), usage, {"needs": ["unet_jax"]}, config)
+    facts = {"needs": ["unet_jax"]}
+    return Artifact(weights.FILE, weights.to_bytes(state), "height, width, 3", usage, facts, labels=True, config=config)
 
 
 FORMATS = {"jax": stablehlo, "onnx": onnx, "weights": weights_alone}
@@ -123,12 +125,16 @@ def describe(config: RunConfig, step: int, artifact: Artifact) -> dict[str, Any]
     """What model.json says: all that a user of the artifact has to know."""
     names, content = list(config.data.class_names), artifact.content
     shape = [int(d) if d.isdecimal() else d for d in artifact.shape.split(", ")]
+    images = "image [height, width, RGB]" if artifact.labels else "images [pictures, height, width, RGB]"
+    output: dict[str, Any] = {"name": "class probabilities", "dtype": "float32", "shape": [*shape[:-1], len(names)]}
+    if artifact.labels:
+        output = {"name": "labels", "dtype": "uint8", "shape": shape[:-1]}
     return {
         "artifact": {"file": artifact.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
         "usage": artifact.usage.split("\n"),
         **artifact.facts,
-        "input": {"name": "images [pictures, height, width, RGB]", "dtype": "uint8", "shape": shape},
-        "output": {"name": "class probabilities", "dtype": "float32", "shape": [*shape[:3], len(names)]},
+        "input": {"name": images, "dtype": "uint8", "shape": shape},
+        "output": output,
         "class_names": names,
         "preprocessing": "values 0 to 255 as they are; best at the training size, by antialiased bilinear resizing",
         "training_size": config.data.image_size,

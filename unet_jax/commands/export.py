@@ -30,11 +30,10 @@ def main(options: Options) -> None:
 
     description = export_run(options.run, options.out, options.format)
     artifact, shape = description["artifact"], ", ".join(map(str, description["input"]["shape"]))
+    answer, needs = description["output"]["name"], " and ".join(description["needs"])
     platforms = f", for {', '.join(description['platforms'])}" if "platforms" in description else ""
-    print(
-        f"{options.out / artifact['file']}: {artifact['bytes'] / 1e6:.1f} MB, uint8 [{shape}] to probabilities"
-        f"{platforms}; needs {' and '.join(description['needs'])}.\n"
-    )
+    size = f"{artifact['bytes'] / 1e6:.1f} MB"
+    print(f"{options.out / artifact['file']}: {size}, uint8 [{shape}] to {answer}{platforms}; needs {needs}.\n")
     print("\n".join(description["usage"]))
 
 
