@@ -1,7 +1,7 @@
 """Random changes of pictures and their masks: pure functions of a key, for use inside jit.
 
 Parameters are drawn first. Then `warp` (one affine map for picture and mask alike) and `recolour` (one colour matrix;
-Haeberli 1993, Matrix operations for image processing) apply them. Neither of the two is random.
+Haeberli 1993, Matrix operations for image processing) apply them. Both of these are deterministic.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from unet_jax.config import IGNORE_LABEL, Augment
 class Change(NamedTuple):
     """The parameters of a change to N pictures: float32 arrays [N]. In RANGES: the lowest and highest value of each."""
 
-    flip: Any  # left and right change places where it is negative
+    flip: Any  # negative: flipped left to right
     log_scale: Any  # natural logarithm of the visible window's side over the picture's side
     shift_y: Any  # from -1 (the window touches the top or left edge) to 1
     shift_x: Any
@@ -29,7 +29,7 @@ class Change(NamedTuple):
     hue: Any  # radians
 
 
-# Pets stand upright: no vertical flips, and no turns beyond a tilt.
+# Pets stand upright: no vertical flips, and rotation by at most 0.3 (17 degrees).
 RANGES: dict[Augment, Change] = {
     "basic": Change(
         flip=(-1, 1), log_scale=(-0.25, 0), shift_y=(-1, 1), shift_x=(-1, 1), angle=(0, 0),
@@ -101,5 +101,6 @@ def recolour(images: Array, change: Change) -> Array:
     product = partial(jnp.einsum, precision="highest")  # not in TF32
     matrix = brightness * contrast * product("nij,njk->nik", saturate, turn)
     level = product("nhwc,c->n", images, grey[0, 0]) / (images.shape[1] * images.shape[2])
+    # brightness * (contrast * (x - level) + level): the part that does not depend on the pixel.
     offset = (brightness * (1 - contrast) * level[:, None, None])[..., None]
     return jnp.clip(product("nij,nhwj->nhwi", matrix, images) + offset, 0, 255)

@@ -30,7 +30,7 @@ ImageSize = int | tuple[int, int]  # the side of a square, or height and width
 
 
 class Variant(NamedTuple):
-    """A recipe: what sets it apart."""
+    """A variant of the experiment: the settings in which variants differ."""
 
     downsampling: Downsampling
     upsampling: Upsampling
@@ -49,7 +49,7 @@ VARIANTS = {
         train={"epochs": 60, "ema": 0.998, "augment": "strong"},
     ),
 }  # fmt: skip
-PUBLISHED = tuple(TEST_LOSSES)  # those of the reproduced work
+PUBLISHED = tuple(TEST_LOSSES)  # the variants of the published experiment
 
 
 def sides(size: ImageSize) -> tuple[int, int]:
@@ -131,7 +131,8 @@ class TrainConfig:
     """Seed of the initial weights, picture order, dropout, augmentation, the synthetic pets, and the parts of a dataset
     that are drawn: validation, and a folder's test split."""
     init_from: str | None = None
-    """Run folder whose parameters and batch norm statistics training starts from. Of an import: the weights' file."""
+    """Run folder whose parameters and batch norm statistics training starts from. In an imported run: the file of
+    weights that it was made from."""
     class_weights: tuple[float, ...] = ()
     """Weight of each class's pixels in cross_entropy, a weighted mean over pixels. Default: all the same."""
     schedule: Schedule = "constant"
@@ -153,7 +154,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All of a run."""
+    """All settings of a run."""
 
     variant: str = "mp_tr_dice"
     """mp_tr_ce, mp_tr_dice, strconv_tr_ce, strconv_ups_dice, or all of these four in turn; or best, our own."""

@@ -71,10 +71,11 @@ class TransposedConv(nn.Module):
         # Along an axis, output 2i sees w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1]. One 2x2 convolution
         # gives a pixel's four outputs at once. The textbook form dilates x, and its kernel gradient is slow everywhere.
         n, h, w, in_features = x.shape
-        taps = np.array([[1, 3], [2, 0]])  # [output, tap]; 3 is the padding of zeros
+        taps = np.array([[1, 3], [2, 0]])  # [output 2i or 2i+1, x[i] or x[i+1]]: tap; 3 is a tap of zeros
         kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))[taps][:, :, taps]
         kernel = kernel.transpose(1, 3, 5, 0, 2, 4).reshape(2, 2, in_features, 4 * self.features)
         y = convolution(x, kernel) + jnp.tile(bias, 4)[None, None, None]
+        # The 2x2 convolution pads by 1 on all sides: its first row and column see x[-1], and are left out.
         y = y[:, 1:, 1:].reshape(n, h, w, 2, 2, self.features)
         return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, self.features)
 
@@ -82,7 +83,8 @@ class TransposedConv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch norm over N, H, W (Ioffe and Szegedy 2015, arXiv:1502.03167): x [N, H, W, C] to the same shape and dtype.
 
-    Parameters scale, bias [C]; running batch_stats mean, var [C] (biased, as in Flax), moved by a tenth a step.
+    Parameters scale, bias [C]. batch_stats: moving averages mean, var [C] (var biased, as in Flax) with momentum 0.9,
+    which PyTorch calls 0.1.
     """
 
     epsilon: float = 1e-5
@@ -127,8 +129,8 @@ def _windows(x: Array) -> Array:
 
 @max_pool.defjvp
 def _max_pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # `max` would split the gradient among equals, and XLA's own pooling has a slow gradient. Each comparison picks one
-    # of two: a search for the maximum's equal finds none if the compiler recomputes x with another rounding.
+    # `max` would split the gradient among equals, and XLA's own pooling has a slow gradient. Comparing two values
+    # always picks one. Testing x == max could pick none, if the compiler computes x twice with different rounding.
     (x,), (dx,) = primals, tangents
     windows = _windows(x)  # [N, H//2, 2, W//2, 2, C]
     left, rows = windows[..., 0, :] >= windows[..., 1, :], windows.max(4)

@@ -65,7 +65,7 @@ def out_of_patience(records: Sequence[Mapping[str, Any]], patience: int) -> bool
     """
     if not patience:
         return False
-    stopping = EarlyStopping(patience=patience - 1)  # which waits for one epoch more than its patience
+    stopping = EarlyStopping(patience=patience - 1)  # Flax's stops after patience + 1 epochs without a rise
     for record in records:
         stopping = stopping.update(-(record["validation_mean_iou"] or 0))
     return stopping.should_stop
@@ -83,10 +83,10 @@ def fit(
     """Trains from `state`, which may be mid-epoch, to the config's last epoch or until patience runs out.
 
     Yields a StepResult after each step and an EpochResult after each epoch. A yielded state is valid until the next
-    step takes its memory. `held_out` is evaluated after each epoch: the test split, or with a validation fraction the
-    validation part, or None for neither. The validation part's metrics are recorded as validation_loss,
-    validation_mean_iou and so on. `records` are those of the epochs before the state's own, `losses` those of the steps
-    already taken in its own.
+    step, to which its memory is donated. `held_out` is evaluated after each epoch: the test split, or with a validation
+    fraction the validation part, or None for neither. The validation part's metrics are recorded as validation_loss,
+    validation_mean_iou and so on. `records` are those of the finished epochs. If `state` is in the middle of an epoch,
+    `losses` are those of the steps that this epoch has taken already.
 
     Raises:
       NonFiniteLossError: noticed at the latest when the epoch ends, before its EpochResult.
@@ -130,7 +130,8 @@ def fit(
 
 
 def _with_statistics(steps: Steps, state: TrainState, train: Loader, seed: int) -> TrainState:
-    # Epoch 0 is never trained on: its batches are the same at each call. A short batch is used only if it is alone.
+    # Epochs count from 1, so epoch 0 is an order of its own, the same at each call. A short last batch is left out,
+    # unless it is the only one.
     whole = max(1, len(train.rows) // train.batch_size)
     for i, batch in enumerate(islice(train.epoch(seed, 0), min(whole, STATISTICS_BATCHES))):
         state = steps.statistics(state, batch, i)

@@ -83,7 +83,7 @@ def cross_entropy(
 
 
 def log_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None) -> Array:
-    """The Dice loss of the reproduced runs, a scalar: -log(2I / (I + N + 1e-6)).
+    """The published Dice loss, a scalar: -log(2I / (I + N + 1e-6)).
 
     I is the softmax of the true class summed over all pixels of the batch, N the number of pixels. Only the mean
     probability of the true class matters. Uniform logits of three classes give log 2, perfect ones 0.

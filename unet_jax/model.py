@@ -1,7 +1,8 @@
 """The U-Net (Ronneberger, Fischer, Brox 2015, arXiv:1505.04597), with padding so that sizes are kept.
 
-Encoder blocks of widths[0], widths[1], ... with downsampling between them, decoder blocks back up, each fed with
-[skip, upsampled]; then a 3x3 and a 1x1 convolution to the logits. Parameter names and shapes are stable.
+The encoder (the paper's contracting path) has blocks of widths[0], widths[1], ... with downsampling between them. The
+decoder (expansive path) goes back up: each block takes the skip connection and the upsampled features, concatenated.
+A 3x3 and a 1x1 convolution give the logits. Parameter names and shapes stay the same between versions.
 """
 
 from typing import Any
@@ -46,7 +47,8 @@ class Upsample(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         if self.method == "transposed_conv":
             return self.layers.TransposedConv(self.features, dtype=self.dtype, name="conv")(x)
-        # The reference resizes first. The two commute, since the resize's weights sum to 1; this order costs a quarter.
+        # The published code resizes first. A 1x1 conv and a resize commute (the resize's weights sum to 1, so the bias
+        # stays too). In this order the conv takes a quarter of the time.
         x = self.layers.Conv(self.features, kernel_size=1, dtype=self.dtype, name="conv")(x)
         x = self.layers.BatchNorm(name="norm")(self.layers.resize_double(x), train)
         return self.layers.relu(x)
@@ -82,7 +84,7 @@ class UNet(nn.Module):
         common: dict[str, Any] = {"dtype": self.dtype, "layers": self.layers}
         x, skips, levels = images, [], len(self.widths)
         for i, width in enumerate(self.widths):
-            # Dropout in the two deepest blocks of the encoder, as in the reproduced runs.
+            # As published, dropout is in the encoder's two deepest blocks.
             rate = self.dropout_rate if i >= levels - 2 else 0.0
             x = block(width, rate, **common, name=f"encoder{i + 1}")(x, train)
             if i < levels - 1:

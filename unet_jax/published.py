@@ -1,4 +1,4 @@
-"""The test losses that the reproduced work printed, by variant and epoch. It printed none for the epochs between.
+"""The test losses that the published runs printed, by variant and epoch. They printed none for the epochs between.
 
 They are from runs of 25 epochs on 240x240 pictures.
 """

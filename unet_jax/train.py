@@ -20,7 +20,7 @@ from unet_jax.losses import Loss, make_loss
 from unet_jax.metrics import PictureSums, picture_sums
 from unet_jax.model import UNet
 
-Views = tuple[tuple[int, ...], ...]  # the axes of pictures [N, H, W, C] that each view flips
+Views = tuple[tuple[int, ...], ...]  # for test-time augmentation: axes of [N, H, W, C] that each view flips; (): none
 
 
 class TrainState(NamedTuple):
@@ -60,7 +60,7 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> float | optax.Sc
 
 
 def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Adam as in the reproduced runs, or AdamW; the shape of its state does not depend on `steps_per_epoch`."""
+    """Adam as in the published runs, or AdamW; the shape of its state does not depend on `steps_per_epoch`."""
     rate = make_schedule(config, steps_per_epoch)
     adam = optax.adam(rate)
     if config.weight_decay:
@@ -198,7 +198,7 @@ def predict_step(state: TrainState, images: ArrayLike, *, model: UNet, views: Vi
 
 
 class Steps(NamedTuple):
-    """The compiled functions of a run; train and statistics take over the memory of the state that they are given."""
+    """The compiled functions of a run. train and statistics donate their state: it cannot be used after the call."""
 
     train: Callable[[TrainState, Batch], tuple[TrainState, Array]]
     statistics: Callable[[TrainState, Batch, ArrayLike], TrainState]
@@ -214,10 +214,10 @@ def make_steps(
     model: UNet | None = None,
     views: Views = ((),),
 ) -> Steps:
-    """Jits the steps of a run: state replicated, batch split over the devices, loss and statistics over all of it.
+    """Jits the steps of a run: state replicated, batch split over the devices, loss and statistics of the whole batch.
 
-    `steps_per_epoch` is len(train), by which schedules and warm-up count. `model` is that of `make_model` by default.
-    `views` are those of `infer`, for evaluate and predict.
+    `steps_per_epoch` is the length of the training loader; schedules and warm-up use it. `model` is `make_model`'s by
+    default. `views` are those of `infer`, for evaluate and predict.
     """
     model = model or make_model(config.model, len(config.data.class_names), placement)
     optimizer = make_optimizer(config.train, steps_per_epoch)

@@ -46,7 +46,8 @@ class Units {
 __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
 __mmask16 first_of_16(int64_t count) { return count >= 16 ? 0xffff : (1u << std::max<int64_t>(count, 0)) - 1; }
 
-// x, or max(x, 0) if relu, where there is a gain times it plus shift.
+// Pictures that are read as x if there is no gain, else as gain * r + shift (batch norm) with r = max(x, 0) if relu,
+// else x.
 struct Pictures {
   const Half* x;
   const float *gain, *shift;
@@ -79,7 +80,7 @@ int64_t features(const Parts& parts) {
 
 // ---- Blocks ----
 
-// A tap of a kernel: its index, and where what it sees lies from a position, in positions.
+// A tap of a kernel: its index, and the offset from a position to the input that the tap reads there, in positions.
 struct Tap {
   int64_t index, from;
 };
@@ -91,7 +92,7 @@ struct Block {
 
   int64_t width() const { return w + 1; }
   int64_t positions() const { return (last - first) * width(); }
-  // An odd number of cache lines: else the rows of a tile fall into a part of the cache's sets.
+  // Halfs of a position: an odd number of cache lines, so that the rows of a tile spread over all sets of the cache.
   int64_t pixel() const { return padded(in) + (padded(in) / kPair % 2 ? 0 : kPair); }
   int64_t origin() const { return 1 + width(); }  // the position before all, and the row before
   int64_t phase() const { return origin() + positions() + width() + 2 * kPair; }  // whole tiles at the end, of zeros
@@ -122,7 +123,8 @@ struct Block {
     }
   }
 
-  // The pixel of [n, out_h, out_w] that each position (i, j) is in the output, scale * (i, j) + the odd ones; -1: none.
+  // For each position (i, j): the index in [n, out_h, out_w] of output pixel scale * (i, j) + (odd_row, odd_column), or
+  // -1 if there is none.
   std::vector<int64_t> outputs(int64_t scale, int64_t odd_row, int64_t odd_column, int64_t out_h, int64_t out_w) const {
     std::vector<int64_t> all(positions(), -1);
     for (int64_t q = 0; q < positions(); q++) {
@@ -133,7 +135,7 @@ struct Block {
     return all;
   }
 
-  // The taps of a kernel of side 1 or 3, whose output (i, j) sees step * (i, j) in its middle.
+  // The taps of a kernel of side 1 or 3 in a convolution of stride `step`.
   std::vector<Tap> taps(int64_t side) const {
     if (side == 1) return {{0, 0}};
     std::vector<Tap> all;
@@ -141,13 +143,13 @@ struct Block {
       int64_t i = tap / 3 - 1, j = tap % 3 - 1;
       if (step == 1)
         all.push_back({tap, i * width() + j});
-      else
+      else  // a tap at -1 or 1 reads an odd phase; one at -1 reads it a row (or a column) earlier
         all.push_back({tap, (2 * (i != 0) + (j != 0)) * phase() - (i < 0) * width() - (j < 0)});
     }
     return all;
   }
 
-  // Those of the outputs (2i + odd_row, 2j + odd_column) of the transposed convolution of stride 2.
+  // The taps of the transposed convolution of stride 2 for its outputs (2i + odd_row, 2j + odd_column).
   std::vector<Tap> transposed_taps(bool odd_row, bool odd_column) const {
     std::vector<Tap> all;
     for (int64_t down = 0; down <= odd_row; down++)
@@ -204,8 +206,8 @@ __m512i load(const float* p, int64_t count) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
-// The two right tiles of a tap's products: of `in` features from i on to the strip's. The kernel is [in, out], or if
-// turned [out, in].
+// Packs the two right tiles of a tap: 32 input features from i on, and the strip's output features. The kernel is
+// [in, out], or [out, in] if turned.
 void pack(const float* kernel, int64_t in, int64_t out, bool turned, int64_t i, const Strip& strip, Half* to) {
   if (turned) {
     for (int half = 0; half < 2; half++) {
@@ -230,8 +232,9 @@ void pack(const float* kernel, int64_t in, int64_t out, bool turned, int64_t i, 
   }
 }
 
-// sums [32, 32], `row` floats apart, (+)= the products of tiles that each(product) calls product(left, right) for. The
-// left ones' rows are `left_row` Halfs apart, and the second right one lies `right_next` behind the first.
+// sums [32, 32] (+)= the sum of left * right over pairs of matrices. `each` gets a function `product` and calls
+// product(left, right) once for each pair. Rows of sums are `row` floats apart, rows of left `left_row` Halfs. right is
+// two tiles; the second begins `right_next` Halfs after the first.
 template <typename Each>
 void multiply(float* sums, int64_t row, bool add, int64_t left_row, int64_t right_next, const Each& each) {
   _tile_zero(0);
@@ -273,8 +276,9 @@ void write(const float* sums, const int64_t* pixels, int64_t count, const Strip&
   }
 }
 
-// The convolution of parts with the kernel [side, side, in, out] plus bias if there is one. If turned, the kernel is
-// [side, side, out, in] and turned around; and with a step of -2 it is the transposed convolution of stride 2.
+// The convolution of parts with the kernel [side, side, in, out], plus bias if there is one. If turned, the kernel is
+// [side, side, out, in]: for a step of 1 it is rotated by 180 degrees (the gradient with respect to the input), for a
+// step of -2 it is not (the transposed convolution of stride 2).
 void convolve(ffi::ThreadPool& pool, const Parts& parts, Array kernel, bool turned, int64_t step, const float* bias,
               std::vector<HalfArray> outputs) {
   bool transposed = step < 0;
@@ -334,9 +338,9 @@ void load_pairs(const Half* x, int64_t pixel, int64_t feature, __m512i* pairs) {
   for (int i = 0; i < 16; i++) pairs[i] = _mm512_or_si512(row(2 * i), _mm512_slli_epi32(row(2 * i + 1), 16));
 }
 
-// Rows of pictures and of gradients, turned for sums over the positions: `left` has the pictures' features in rows and
-// positions along them, `right` the tiles of pairs of positions of the gradients.
-struct Turned {
+// The layout in which kernel gradients sum over positions: `left` has the pictures transposed, features in rows and
+// positions along them; `right` has the tiles of g, in which each two neighbouring positions are interleaved.
+struct SumLayout {
   Block x_block, g_block;  // of as many rows as there is room for
   int64_t count = ceil_div(x_block.positions(), kPair);
   int64_t stride = padded(count * kPair + 2 * x_block.origin()) + kPair;
@@ -356,7 +360,7 @@ struct Turned {
       from.gather(parts, first - 1 + row, x);
       g_from.gather({g}, first - 1 + row, gradients);
     });
-    // What is beyond the rows' own positions counts as zero, once: in g.
+    // Positions after the rows' own must add nothing to the sums. It is enough that g is zero there.
     std::memset(gradients + (g_from.origin() + g_from.positions()) * g_pixel, 0, 2 * kPair * g_pixel);
     run(phases * in / 16 + out / 16, [&](int64_t item) {
       __m512i pairs[16];
@@ -388,33 +392,34 @@ struct Turned {
   }
 };
 
-// Of the convolution of parts of that step to its kernel [side, side, in, out], for its output's gradient g.
+// The gradient, with respect to the kernel [side, side, in, out], of the convolution of parts with stride `step`. g is
+// the gradient of its output.
 void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& g, int64_t step,
                      ffi::Result<Array> kernel) {
   int64_t side = kernel->dimensions()[0], taps = side * side, in = features(parts), out = g.c;
   Block x_block{g.n, g.h, g.w, step, 0, 0, in}, g_block{g.n, g.h, g.w, 1, 0, 0, out};
   int64_t rows = g.n * (g.h + 1), most = std::max<int64_t>(1, kSummed / x_block.width());
-  // Either a thread sums over a group of rows by itself, or, where its cache does not hold the sums, all threads go
-  // through the rows together and each has sums of its own.
+  // If a thread's cache holds all sums, each thread sums over a group of rows by itself, and the groups are added.
+  // Else there is one set of sums: all threads work on the same rows, and each computes a part of the sums.
   int64_t size = taps * padded(in) * padded(out);
   bool own_rows = size <= kCached / 2;
   int64_t groups = own_rows ? std::min(kGroups, ceil_div(rows, most)) : 1, share = ceil_div(rows, groups);
   most = std::min(most, share);
-  Turned turned{x_block.of(0, most), g_block.of(0, most)};
+  SumLayout layout{x_block.of(0, most), g_block.of(0, most)};
   bool is_whole = groups == 1 && in == padded(in) && out == padded(out);  // the sums are the kernel's gradient itself
   Buffer memory;
-  float* space = memory.of((is_whole ? 0 : groups * size) + (own_rows ? 0 : turned.floats));
+  float* space = memory.of((is_whole ? 0 : groups * size) + (own_rows ? 0 : layout.floats));
   float* all_sums = is_whole ? kernel->typed_data() : space;
   auto sum = [&](int64_t group, float* workspace, auto run) {
     int64_t begin = group * share, end = std::min(rows, begin + share);
     if (begin >= end) std::fill_n(all_sums + group * size, size, 0.f);
     for (int64_t first = begin; first < end; first += most)
-      turned.add(parts, g, side, first, std::min(end, first + most), workspace, all_sums + group * size, first > begin,
+      layout.add(parts, g, side, first, std::min(end, first + most), workspace, all_sums + group * size, first > begin,
                  run);
   };
   if (own_rows)
     parallel(pool, groups, [&](int64_t group) {
-      sum(group, scratch.of(turned.floats), [](int64_t count, const auto& item) {
+      sum(group, scratch.of(layout.floats), [](int64_t count, const auto& item) {
         for (int64_t i = 0; i < count; i++) item(i);
       });
     });

@@ -1,9 +1,11 @@
 // The network's 3x3 convolutions and their gradients in float32 on a CPU, as custom calls of XLA (see convs.py).
 //
-// Those of stride 1 go by Winograd's F(m x m, 3x3) (Lavin and Gray 2016, arXiv:1509.09308): overlapping tiles of m + 2
-// squared of the picture and the kernel are transformed, multiplied over the features, and transformed back to m x m
-// outputs. Of 9 products an output F(4x4) leaves 36/16 and F(2x2) 4. Those of stride 2 gather what each output sees and
-// multiply. Pictures are [N, H, W, C], kernels [3, 3, in, out], every number of features a multiple of 16.
+// Those of stride 1 use Winograd's F(m x m, 3x3) (Lavin and Gray 2016, arXiv:1509.09308): overlapping tiles of
+// (m+2) x (m+2) pixels and the kernel are transformed, multiplied and summed over the input features, and transformed
+// back to m x m outputs. That is 36/16 = 2.25 products an output for m = 4 and 16/4 = 4 for m = 2, instead of 9. Those
+// of stride 2 gather the pixels that each output needs, and multiply.
+//
+// Pictures are [N, H, W, C], kernels [3, 3, in, out], every number of features a multiple of 16.
 
 #include "shared.h"
 
@@ -15,7 +17,7 @@ struct Place {
 };
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kSums = 24;  // of 32 registers those that sum
+constexpr int kLanes = 16, kSums = 24;  // kSums of the 32 registers hold sums
 #elif defined(__AVX__)
 constexpr int kLanes = 8, kSums = 12;  // of 16
 #elif defined(__aarch64__)
@@ -28,10 +30,9 @@ using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_ali
 Vector& at(float* p) { return *reinterpret_cast<Vector*>(p); }
 const Vector& at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 
-// a b + c, fused where the processor can. It is written out, and compiled with -ffp-contract=off: a compiler that is
-// free to fuse does so in another way in each copy of a loop that it makes, and then results depend on which thread ran
-// which copy. It is assembly because GCC 12 copies registers around its own intrinsics: products take half as long
-// again.
+// a b + c, fused where the processor can. Fusing is explicit, and the compiler's own is off (-ffp-contract=off): it may
+// fuse differently in each copy of a loop that it makes, and results would depend on the copy that a thread runs. It is
+// assembly because GCC 12 copies registers around its own intrinsics: products then take 1.5 times as long.
 inline Vector fma(Vector a, Vector b, Vector c) {
 #if defined(__FMA__)
   asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
@@ -98,7 +99,7 @@ void strip_product(int64_t rows, Left a, Matrix b, Matrix c, int64_t count, bool
   tiles_of<1, V>(r, rows, a, b, c, count, add);
 }
 
-constexpr int64_t kSummed = 32;  // at once: a sum of sums rounds less, and Winograd's outputs need that
+constexpr int64_t kSummed = 32;  // products to sum before C adds the sum: that rounds less, which Winograd needs
 
 // C [rows, columns] (+)= A [rows, count] B [count, columns], for columns a multiple of kLanes.
 void product(int64_t rows, int64_t columns, Left a, Matrix b, Matrix c, int64_t count, bool add) {
@@ -116,7 +117,8 @@ void product(int64_t rows, int64_t columns, Left a, Matrix b, Matrix c, int64_t 
 
 // ---- Pictures ----
 
-// x, or max(x, 0) if relu, where there is a gain times it plus shift; zeros around it.
+// Pictures that are read as r = max(x, 0) if relu, else x; then as gain * r + shift if there is a gain (batch norm).
+// Outside the picture they are 0.
 struct Pictures {
   const float *x, *gain, *shift;
   bool relu;
@@ -147,7 +149,8 @@ int64_t features(const Parts& parts) {
 
 // The transforms of F(m, 3) along an axis: from[0], from[s], ... to to[0], to[t], ... Polynomials are evaluated at 0,
 // +-1 and infinity for m = 2. For m = 4 at 0, +-2/3, +-3/2 and infinity: at the usual +-1, +-2 it rounds three times as
-// much (LOG.md). `output` and `kernel` have transposed ones for the kernel's gradient. Form<4> relies on a b = 1.
+// much (LOG.md). For the kernel's gradient, `output` and `kernel` have transposes too. Form<4> leaves out the
+// factors a2 b2, which are 1.
 template <int M>
 struct Form;
 
@@ -186,6 +189,7 @@ struct Form<2> {
 template <>
 struct Form<4> {
   static constexpr float a = 2.f / 3, b = 3.f / 2, a2 = a * a, b2 = b * b, a3 = a * a2, b3 = b * b2;
+  // Factors of the kernel's values at +-a and +-b: 1 over the product of the distances to the other finite points.
   static constexpr float at_a = 1 / (2 * a2 * (a2 - b2)), at_b = 1 / (2 * b2 * (b2 - a2));
 
   static void input(const Vector* from, int s, Vector* to, int t) {
@@ -297,7 +301,8 @@ struct Tiles {
   }
 };
 
-// The kernel [3, 3, in, out] to P planes [in, out]; if `turned`, of it turned around, to [out, in].
+// Transforms the kernel [3, 3, in, out] to P planes [in, out]. If `turned`, the kernel is rotated by 180 degrees, its
+// features change places, and the planes are [out, in]: the convolution is then the gradient with respect to the input.
 template <int M>
 void transform_kernel(ffi::ThreadPool& pool, const float* kernel, int64_t in, int64_t out, bool turned, float* to) {
   constexpr int P = Tiles<M>::P;
@@ -322,8 +327,7 @@ struct Output {
   int64_t features;
 };
 
-// The convolution of parts with the kernel [3, 3, in, out], or turned around [3, 3, out, in], plus bias if there is
-// one.
+// The convolution of parts with the kernel [3, 3, in, out], plus bias if any. If turned: [3, 3, out, in], rotated.
 template <int M>
 void convolve(ffi::ThreadPool& pool, const Parts& parts, const float* kernel, bool turned, const float* bias,
               const std::vector<Output>& outputs) {
@@ -355,15 +359,15 @@ void convolve(ffi::ThreadPool& pool, const Parts& parts, const float* kernel, bo
 }
 
 constexpr int64_t kCached = 160000;  // floats that a core's cache holds beside what else is in use
-constexpr int64_t kChunk = 3 << 19;  // floats of tiles at once where they are of all threads
+constexpr int64_t kChunk = 3 << 19;  // floats of gathered inputs that all threads work on at once: 6 MB
 
 template <int M>
 void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& g, float* kernel) {
   constexpr int P = Tiles<M>::P;
   int64_t in = features(parts), out = g.c, sum_plane = plane_of(in, out), size = P * sum_plane;
   Tiles<M> tiles{g.n, g.h, g.w};
-  // Either a thread sums over a group of tiles by itself, or, where its cache does not hold the sums, all threads go
-  // through the tiles together and each has sums of its own.
+  // If a thread's cache holds all sums, each thread sums over a group of tiles by itself, and the groups are added.
+  // Else there is one set of sums: all threads work on the same tiles, and each computes a part of the sums.
   bool own_tiles = size <= kCached;
   int64_t groups = own_tiles ? std::min(kGroups, ceil_div(tiles.count, 128)) : 1, share = ceil_div(tiles.count, groups);
   int64_t most = std::min(share, std::max<int64_t>(24, (own_tiles ? kCached : kChunk) / (P * (in + out))));
@@ -458,7 +462,8 @@ void gather_halving(const Pictures& x, int64_t index, float* to) {
     x.copy(x.pixel(place.picture, 2 * place.i + tap / 3 - 1, 2 * place.j + tap % 3 - 1), to + tap * x.c);
 }
 
-// Of the convolution of stride 2 to its kernel, for x [N, 2H, 2W, in] and g [N, H, W, out].
+// The kernel gradient of the convolution of stride 2, for its input x [N, 2H, 2W, in] and its output's gradient g
+// [N, H, W, out].
 void gradient_of_halving(ffi::ThreadPool& pool, const Pictures& x, const Pictures& g, float* kernel) {
   int64_t seen = 9 * x.c, count = g.n * g.h * g.w;
   int64_t most = std::min(count, std::max<int64_t>(48, kChunk / (seen + g.c)));

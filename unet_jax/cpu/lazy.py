@@ -64,8 +64,9 @@ class Joined(Lazy):
 class Scaled(Lazy):
     """x * gain + shift [N, H, W, C], with max(x, 0) for x if `relu_first`. x is [N, H, W, C], gain and shift are [C].
 
-    It is the output of batch norm. Only `scaled` may make it: the gradient with respect to x here is the gradient with
-    respect to the value, summed over all its uses, and `scaled` applies the chain rule to that sum.
+    It is the output of batch norm. Its gradient is split in two: `_scale` passes the gradient of the value to x as it
+    is, and `_with_chain_rule` multiplies the sum over all uses by the gain, once. So only `scaled`, which calls it, may
+    make a Scaled.
     """
 
     x: Array
@@ -99,21 +100,22 @@ _scale.defvjp(lambda x, gain, shift, relu_first: (_scale(x, gain, shift, relu_fi
 
 def scaled(x: Array, gain: Array, shift: Array, relu_first: bool = False) -> Scaled:
     """The `Scaled` of x [N, H, W, C], gain and shift [C]."""
-    return Scaled(_unscaled(x, gain, shift, relu_first), gain, shift, relu_first)
+    return Scaled(_with_chain_rule(x, gain, shift, relu_first), gain, shift, relu_first)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _unscaled(x: Array, gain: Array, shift: Array, relu_first: bool) -> Array:
+def _with_chain_rule(x: Array, gain: Array, shift: Array, relu_first: bool) -> Array:
     # Returns x unchanged, but with the gradients of x * gain + shift. The gradients of all uses arrive here as one sum,
     # so that the sums over the pixels are computed once.
     return x
 
 
-def _unscaled_fwd(x: Array, gain: Array, shift: Array, relu_first: bool) -> tuple[Array, tuple[Array, Array]]:
-    return _unscaled(x, gain, shift, relu_first), (x, gain)  # not plain x: gradients of gradients pass here too
+def _with_chain_rule_fwd(x: Array, gain: Array, shift: Array, relu_first: bool) -> tuple[Array, tuple[Array, Array]]:
+    # Not x itself: gradients of gradients need this rule too.
+    return _with_chain_rule(x, gain, shift, relu_first), (x, gain)
 
 
-def _unscaled_bwd(relu_first: bool, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+def _with_chain_rule_bwd(relu_first: bool, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
     x, gain = residuals
     g = g.astype(gain.dtype)
     dx = g * gain[None, None, None]
@@ -121,4 +123,4 @@ def _unscaled_bwd(relu_first: bool, residuals: tuple[Array, Array], g: Array) ->
     return dx.astype(x.dtype), channel_sum(g * rectified(x, relu_first)), channel_sum(g)
 
 
-_unscaled.defvjp(_unscaled_fwd, _unscaled_bwd)
+_with_chain_rule.defvjp(_with_chain_rule_fwd, _with_chain_rule_bwd)

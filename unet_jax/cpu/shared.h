@@ -19,7 +19,7 @@ namespace ffi = xla::ffi;
 using Array = ffi::Buffer<ffi::F32>;
 using std::int64_t;
 
-// Memory that is neither zeroed nor given back before its owner ends; what was in it is lost when it grows.
+// Uninitialized memory that grows as needed. It is freed with its owner; growing discards its contents.
 class Buffer {
  public:
   float* of(int64_t count) {
@@ -38,8 +38,8 @@ class Buffer {
 
 thread_local Buffer scratch;
 
-// item(0), ..., item(count - 1) on the pool's threads and this one. It never waits for a thread that has not begun, so
-// a pool whose threads all are busy does not stop it.
+// Runs item(0), ..., item(count - 1) on the pool's threads and on the calling one. If all threads of the pool are busy,
+// the calling thread runs every item itself, so this cannot deadlock.
 template <typename Item>
 void parallel(ffi::ThreadPool& pool, int64_t count, const Item& item) {
   struct Progress {
@@ -63,7 +63,8 @@ void parallel(ffi::ThreadPool& pool, int64_t count, const Item& item) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The same for [first, last) of `count` rows, in blocks of at most `most`, as many for each thread.
+// Calls rows(first, last) in parallel on blocks of at most `most` of `count` rows. If the rows suffice, the number of
+// blocks is about a multiple of the number of threads, so that all threads get equally many.
 template <typename Rows>
 void parallel_blocks(ffi::ThreadPool& pool, int64_t count, int64_t most, const Rows& rows) {
   int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
@@ -71,10 +72,11 @@ void parallel_blocks(ffi::ThreadPool& pool, int64_t count, int64_t most, const R
   parallel(pool, ceil_div(count, size), [&](int64_t i) { rows(i * size, std::min(count, (i + 1) * size)); });
 }
 
-// Of a sum over pictures: parts at most that have sums of their own; never by the number of threads.
+// The most groups that a kernel gradient's sum over pictures is split into. It is a constant, not the number of
+// threads: results must not depend on how many threads there are.
 constexpr int64_t kGroups = 8;
 
-// Arguments come as x, gain, shift of each part, and then others; a gain or a bias of no elements is none.
+// Arguments are x, gain and shift of each part, then the others. An empty array: no gain, no shift or no bias.
 using Flags = ffi::Span<const int64_t>;
 
 const float* optional(Array x) { return x.element_count() ? x.typed_data() : nullptr; }
