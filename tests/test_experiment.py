@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 import textwrap
 import threading
@@ -75,6 +76,21 @@ def test_the_lines_of_the_docstring_run(tmp_path, monkeypatch, run):
     np.testing.assert_array_equal(names["probabilities"].argmax(-1), names["mask"])
     assert names["network"].layers.__name__ == "unet_jax.layers"
     assert names["loss"] is unet_jax.losses.cross_entropy
+
+
+def test_the_page_on_python_runs_as_written():
+    page = (Path(__file__).parent.parent / "docs" / "python.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:3]:
+        exec(block.replace("(2, 64, 64", "(2, 16, 16"), names)
+        assert names["logits"].shape == (2, 16, 16, 3)
+    assert np.isfinite(names["loss"])
+
+
+def test_lists_in_a_config_make_the_same_run_as_tuples(run, capsys):
+    run(small(1, class_weights=[1.0, 2.0, 1.0]))
+    run(small(1, class_weights=(1.0, 2.0, 1.0)))
+    assert "has its 1 epoch already" in capsys.readouterr().out
 
 
 def test_sigterm_ends_it_with_a_checkpoint(run, monkeypatch):

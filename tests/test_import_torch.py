@@ -167,6 +167,7 @@ MOMENTS = {"state": {0: {"step": np.zeros(()), "exp_avg": np.zeros(2)}}, "param_
     ("content", "notes"),
     [
         (PLAIN, []),
+        ({"state_dict": PLAIN, "class_weight": np.ones(3)}, ["entry 'state_dict'"]),
         ({"model_state_dict": PLAIN, "optimizer": MOMENTS, "epoch": 3}, ["entry 'model_state_dict'"]),
         ({**PLAIN, "mask_values": [0, 255]}, ["no tensors are left out: mask_values"]),
         ({f"module.{name}": value for name, value in PLAIN.items()}, ["prefix 'module.'"]),

@@ -161,14 +161,17 @@ def test_aligned_corner_tiles_are_nearly_the_whole_picture(tmp_path, small_tiles
     assert (predictor(image, "tile") != whole).mean() < 0.05
 
 
-@pytest.mark.parametrize(("size", "tile"), [(128, 128), (64, 128), (256, 128), (4096, 512), (1152, 128)])
-def test_window_weights(size, tile):
-    windows, total = predict.windows(size, tile, 32), np.zeros(size)
+@pytest.mark.parametrize(
+    ("size", "tile", "margin"),
+    [(128, 128, 32), (64, 128, 32), (256, 128, 32), (4096, 512, 32), (1152, 128, 32), (640, 2048, 256)],
+)
+def test_window_weights(size, tile, margin):
+    windows, total = predict.windows(size, tile, margin), np.zeros(size)
     for origin, weights in windows:
         total[origin : origin + len(weights)] += weights
         assert origin % 16 == 0
-        assert origin == 0 or not weights[:32].any()
-        assert origin + len(weights) == size or not weights[-32:].any()
+        assert origin == 0 or not weights[:margin].any()
+        assert origin + len(weights) == size or not weights[-margin:].any()
     np.testing.assert_allclose(total, 1, atol=1e-6)
 
 

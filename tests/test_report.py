@@ -69,6 +69,10 @@ def test_a_run_with_validation_counts_by_its_summary(tmp_path):
     row = (tmp_path / "report.md").read_text().splitlines()[2]
     assert "| 0.2500 | - | 0.5000 |" in row  # no best test loss: it was looked at once
 
+    (folder / "summary.json").write_text(json.dumps({"epochs": 2}))
+    with pytest.raises(InputError, match=r"it has gone on since its summary\.json was written$"):
+        report.read_run(folder)
+
     (folder / "summary.json").write_text("{}")  # there was no test
     config = json.loads((folder / "config.json").read_text())
     config["data"]["dataset"] = "folder"
@@ -76,6 +80,12 @@ def test_a_run_with_validation_counts_by_its_summary(tmp_path):
     report.write_comparison([folder], name="report")
     row = (tmp_path / "report.md").read_text().splitlines()[2]
     assert "| - | 0.5000 (validation) | - | 0.5000 (validation) |" in row  # and nothing published of these pictures
+
+
+def test_runs_of_one_name_both_count(tmp_path, capsys):
+    folders = [make_run(tmp_path / project / "runs" / "mine", seed, [0.5]) for seed, project in enumerate("ab")]
+    report.write_comparison(folders, tmp_path)
+    assert "| 0 1 |" in capsys.readouterr().out
 
 
 def test_a_run_without_a_finished_epoch_is_refused_as_such(tmp_path):

@@ -202,6 +202,15 @@ def test_a_run_knows_its_pictures(here, monkeypatch, capsys):
     assert result["pictures"] == 8
     assert "5 of these 8 pictures have names that runs/a was trained on (p0, p1, p2, ...)" in capsys.readouterr().out
 
+    # Only pictures that were divided as the run's were have its parts.
+    write_lists(here / "other", train="p0 p1 p2 p3", test="p4 p5")
+    with pytest.raises(InputError, match="other is not divided as the run's pictures were: choose --split train, test"):
+        evaluate("runs/a", data_dir="other", split="validation")
+    assert evaluate("runs/a", data_dir="other", split="train")["pictures"] == 4
+    write_lists(here / "moved", train="p0 p1 p2 p4", val="p3", test="p5 p6 p7")
+    with pytest.raises(InputError, match="moved has other validation pictures than runs/a had"):
+        evaluate("runs/a", data_dir="moved", split="validation")
+
     # Other lists make another run, and no test.
     (here / "moved").rename(here / "data")
     write_lists(here / "data", train="p5 p6 p7 p3", val="p4", test="p0 p1 p2")

@@ -14,7 +14,7 @@ import jax
 from unet_jax import checkpoint, device, processes, runs
 from unet_jax.checkpoint import Restored
 from unet_jax.checks import check_config, check_patience
-from unet_jax.config import RunConfig, to_dict
+from unet_jax.config import RunConfig, from_dict, to_dict
 from unet_jax.data.batches import Loader, Parts, validation_rows
 from unet_jax.data.cache import Split
 from unet_jax.data.datasets import fill_in, load_splits, resolve
@@ -64,7 +64,7 @@ def run(
     Raises:
       InputError: the config, the pictures or the folder cannot be used, or the loss became infinite or NaN.
     """
-    folder = Path(workdir)
+    folder, config = Path(workdir), from_dict(to_dict(config))  # a list becomes the tuple that config.json is read as
     dataset, notice = resolve(config.data.dataset, config.data.data_dir, download)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset))
     check_config(config)

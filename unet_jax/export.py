@@ -104,15 +104,10 @@ labels = session.run(None, {"images": images})[0].argmax(-1)"""
 def weights_alone(config: RunConfig, state: TrainState) -> Artifact:
     """The run's parameters and batch statistics alone; `runs.load` reads them with config.json.
 
-    That config leaves the precision to the device, and names no folder of this machine.
+    That config leaves the precision to the device.
     """
     usage = 'import unet_jax\nlabels = unet_jax.load(".")(image)'
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, precision="auto"),
-        data=dataclasses.replace(config.data, data_dir=None),
-        train=dataclasses.replace(config.train, init_from=None),
-    )
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="auto"))
     facts = {"needs": ["unet_jax"]}
     return Artifact(weights.FILE, weights.to_bytes(state), "height, width, 3", usage, facts, labels=True, config=config)
 
@@ -155,7 +150,12 @@ def export_run(run: Path, out: Path, format: ExportFormat = "jax") -> dict[str, 
         installed.
     """
     config, restored = runs.load(run, device.placement())
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="float32"))
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, precision="float32"),
+        data=dataclasses.replace(config.data, data_dir=None),  # no folder of this machine
+        train=dataclasses.replace(config.train, init_from=None),
+    )
     try:
         artifact = FORMATS[format](config, jax.device_get(inference_state(restored.state)))
         if artifact.config and checkpoint.exists(out / "checkpoints"):

@@ -98,10 +98,10 @@ def find_state_dict(content: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _state_dicts(content: Any, where: str) -> dict[str, Mapping[Any, Any]]:
-    """Dotted path to dictionary, for each dictionary in `content` with a tensor whose name ends in "weight"."""
+    """Dotted path to dictionary, for each dictionary in `content` with a tensor whose name ends in ".weight"."""
     if not isinstance(content, Mapping):
         return {}
-    if any(str(name).endswith("weight") and hasattr(value, "shape") for name, value in content.items()):
+    if any(str(name).endswith(".weight") and hasattr(value, "shape") for name, value in content.items()):
         return {where: content}
     inner = [_state_dicts(value, f"{where}.{name}".lstrip(".")) for name, value in content.items()]
     return {path: found for part in inner for path, found in part.items()}

@@ -78,8 +78,9 @@ def scores(sums: PictureSums, class_names: Sequence[str]) -> dict[str, Any]:
         "iou": _by_name(class_names, iou),
         "dice": _by_name(class_names, dice),
     }
-    if "background" in class_names and len(class_names) > 1:
-        ground = class_names.index("background")
+    lower = [name.lower() for name in class_names]
+    if "background" in lower and len(class_names) > 1:
+        ground = lower.index("background")
         is_object = np.arange(len(class_names)) != ground
         overlap = confusion[np.ix_(is_object, is_object)].sum()
         others = int(confusion.sum() - confusion[ground, ground])

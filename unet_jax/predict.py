@@ -193,7 +193,8 @@ def windows(size: int, tile: int, margin: int) -> list[tuple[int, np.ndarray]]:
     the blend is exact with transposed convolutions. The aligned-corner resize depends on the size as a whole.
     """
     tile, ramp = min(tile, size), margin // 2
-    origins = [*range(0, size - tile, tile - 2 * margin - ramp), size - tile]
+    step = max(1, tile - 2 * margin - ramp)  # it may be 0 where one tile covers the side, and no step is taken
+    origins = [*range(0, size - tile, step), size - tile]
     weights, centres = np.zeros((len(origins), size), np.float32), np.arange(tile) + 0.5
     for row, origin in zip(weights, origins, strict=True):
         left = centres - margin if origin > 0 else ramp

@@ -1,6 +1,5 @@
 """What a run leaves behind at its end: figures, scores by picture, and a summary."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,6 @@ def write_results(
     scores = records[-1]
     if data.validation_fraction:
         _, best = runs.load(folder, drawn.placement, config)
-        for line in best.skipped:
-            print(line, file=sys.stderr)
         state, scores = best.state, best.progress.records[-1]
     if test:
         of_test, sums = evaluate(steps.evaluate, state, test, names)

@@ -181,8 +181,14 @@ def load(folder: Path, placement: Placement, config: RunConfig | None = None) ->
 
 
 def restored(config: RunConfig, checkpoints: Path, placement: Placement) -> Restored:
-    """The newest sound checkpoint in the folder `checkpoints` of a run of this config; InputError if there is none."""
-    return restore(checkpoints, abstract_state(config, placement), placement.replicated)
+    """The newest sound checkpoint in the folder `checkpoints` of a run of this config; InputError if there is none.
+
+    Prints a line for each damaged one that is skipped.
+    """
+    found = restore(checkpoints, abstract_state(config, placement), placement.replicated)
+    for line in found.skipped:
+        print(line, file=sys.stderr)
+    return found
 
 
 def fresh_state(config: RunConfig, placement: Placement) -> TrainState:

@@ -21,7 +21,7 @@ def what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
     if overwrite or not folder.exists():
         return ""
     if not (folder / "config.json").exists():
-        if any(p.name != ".lock" for p in folder.iterdir()):
+        if any(p.name not in (".lock", "split.json") for p in folder.iterdir()):  # those come before config.json
             raise InputError(f"{folder} holds other files than a run's: choose another --workdir")
         return ""
     if different := differences(runs.read_config(folder), config):
@@ -81,8 +81,6 @@ def taken_over(config: RunConfig, theirs: RunConfig, fresh: Any, variables: dict
 def resume(folder: Path, config: RunConfig, placement: Placement) -> Restored:
     """Reads the newest sound checkpoint of an unfinished run, and makes metrics.jsonl match it."""
     restored = runs.restored(config, folder / "checkpoints", placement)
-    for line in restored.skipped:
-        print(line, file=sys.stderr)
     runs.write_records(folder, restored.progress.records)
     print(f"going on from step {int(restored.state.step)}, after {epochs_text(len(restored.progress.records))}")
     return restored

@@ -69,6 +69,8 @@ def pick(options: Options, config: "RunConfig") -> "tuple[str, str, Split]":
 
     data_dir = options.data_dir or runs.data_dir(options.run, config)
     dataset, _ = resolve(options.dataset or config.data.dataset, data_dir, False)
+    if dataset == "synthetic" and options.data_dir:
+        raise InputError(f"{options.run} is of synthetic pets: add --dataset folder for the pictures in {data_dir}")
     data = dataclasses.replace(config.data, dataset=dataset, data_dir=data_dir)
     found = sources(data, config.train.seed)
     own = dataset != "folder" or is_own(options, config, found)
@@ -76,6 +78,9 @@ def pick(options: Options, config: "RunConfig") -> "tuple[str, str, Split]":
     name = options.split or (held_out if own else "all")
     if name == "validation" and not data.validation_fraction:
         raise InputError(f"{options.run} kept no part of train for validation: choose --split test or train")
+    divided = data.validation_fraction > 0 and (own or bool(found["train"].validation))
+    if name == "validation" and not divided:
+        raise InputError(f"{data_dir} is not divided as the run's pictures were: choose --split train, test or all")
     source = whole(found) if name == "all" else found["test" if name == "test" else "train"]
     if not source.size:
         raise InputError(f"{data_dir} has no pictures in the {name} split: choose another --split, such as all")
@@ -83,12 +88,18 @@ def pick(options: Options, config: "RunConfig") -> "tuple[str, str, Split]":
         raise InputError(f"{options.run} knows the classes {data.class_names}, the dataset has {source.class_names}")
     count = {"test": data.test_examples, "all": None}.get(name, data.train_examples)
     cache = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
-    if name in ("test", "all") or not data.validation_fraction:
+    if name in ("test", "all") or not divided:
         split = load_split(source, data.image_size, options.examples or count, cache)
     else:  # divided as the run divided its pictures
         split = load_split(source, data.image_size, count, cache)
         parts = validation_rows(split.names, data.validation_fraction, config.train.seed, split.validation)
-        rows = parts[name == "validation"][: options.examples]
+        rows = parts[name == "validation"]
+        known = runs.read_split(options.run).get(name)  # None of a run that an older version made
+        if own and known is not None and known != [split.names[i] for i in rows]:
+            raise InputError(
+                f"{data_dir} has other {name} pictures than {options.run} had: --split all scores them all"
+            )
+        rows = rows[: options.examples]
         split = Split(split.images[rows], split.labels[rows], [split.names[i] for i in rows])
     if name in ("test", "all"):
         check_unseen(options.run, split, own and name == "test")
@@ -101,7 +112,8 @@ def check_unseen(run: Path, split: "Split", own: bool) -> None:
     from unet_jax.data.classes import some
 
     names = runs.read_split(run)
-    seen = [n for n in split.names if n in {*names.get("train", []), *names.get("validation", [])}]
+    trained = {*names.get("train", []), *names.get("validation", [])}
+    seen = [n for n in split.names if n in trained]
     text = f"{len(seen)} of these {len(split.names)} pictures have names that {run} was trained on ({some(seen)})"
     if seen and own:
         raise InputError(f"{text}: the folder's lists or pictures have changed since; --split all scores them anyway")
@@ -124,8 +136,6 @@ def evaluate_run(options: Options) -> None:
     device.set_up(default_cache_dir() / "xla")
     placement = device.placement()
     config, restored = runs.load(options.run, placement)
-    for line in restored.skipped:
-        print(line, file=sys.stderr)
     batch_size = -(-config.train.batch_size // placement.devices) * placement.devices
     dataset, name, split = pick(options, config)
     classes = config.data.class_names
@@ -147,7 +157,7 @@ def evaluate_run(options: Options) -> None:
     step = int(restored.state.step)
     trained = f"epoch {epoch}" if epoch else f"step {step}" if step else "imported weights"
     print(f"{options.run}, {trained}, {len(split.names)} {name} pictures of {dataset}\n\n{text}")
-    print(f"test loss {scores['test_loss']:.4f}, mean IoU {shown(scores['mean_iou'])}; files in {out}")
+    print(f"{name} loss {scores['test_loss']:.4f}, mean IoU {shown(scores['mean_iou'])}; files in {out}")
 
 
 def tables(scores: dict[str, Any], confusion: np.ndarray, names: tuple[str, ...]) -> str:

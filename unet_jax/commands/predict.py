@@ -168,8 +168,6 @@ def main(options: Options) -> int:
     prepare_folder(options.out, names, pictures)
     device.set_up(default_cache_dir() / "xla")
     predictor = load(options.run, options.tile_size)
-    for line in predictor.restored.skipped:
-        print(line, file=sys.stderr)
     if options.mode == "tile":
         print(scale_line(predictor.config.data.scale))
     at_once = predictor.batch_size(*sides(predictor.config.data.image_size))

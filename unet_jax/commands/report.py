@@ -39,9 +39,10 @@ def read_run(folder: Path) -> Run:
     try:
         config, environment = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "environment"))
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        scores = records[-1] if records else {}
+        scores, finished = records[-1] if records else {}, len(records)
         if "validation_loss" in scores:
             summary = json.loads((folder / "summary.json").read_text())
+            finished = summary.get("epochs", len(records))
             scores = summary.get("test", records[best_epoch(records)])
     except FileNotFoundError as error:
         raise InputError(f"{folder} is no finished run: it has no {Path(error.filename).name}") from None
@@ -49,6 +50,8 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder} cannot be read as a finished run ({error})") from None
     if not records:
         raise InputError(f"{folder} has no finished epoch")
+    if finished != len(records):
+        raise InputError(f"{folder} is no finished run: it has gone on since its summary.json was written")
     return Run(from_dict(config), environment, records, *held_out(scores))
 
 
@@ -107,7 +110,9 @@ def table(runs: Iterable[Run]) -> str:
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         train = dataclasses.replace(run.config.train, seed=0)
-        same = dataclasses.replace(run.config, train=train, data=dataclasses.replace(run.config.data, data_dir=None))
+        same = dataclasses.replace(
+            run.config, train=train, data=dataclasses.replace(run.config.data, data_dir=None, scale=None)
+        )
         groups.setdefault((same, run.framework, run.environment["device"], len(run.records)), []).append(run)
     return "".join([f"| {' | '.join(HEAD)} |\n", "|---" * len(HEAD), "|\n", *map(row, groups.values())])
 
@@ -118,7 +123,10 @@ def write_comparison(folders: list[Path], out: Path | None = None, name: str = "
 
     out = out or folders[0].parent
     out.mkdir(parents=True, exist_ok=True)
-    runs = {"/".join(folder.parts[-2:]): read_run(folder) for folder in folders}
+    labels = ["/".join(folder.parts[-2:]) for folder in folders]
+    if len(set(labels)) < len(labels):
+        labels = [str(folder) for folder in folders]
+    runs = {label: read_run(folder) for label, folder in zip(labels, folders, strict=True)}
     text = table(runs.values())
     note = (
         "Published losses are the best of those printed, for 240x240 pictures and 25 epochs. Test loss is the mean of"
