@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unet_jax.commands.report import Run, read_run
-from unet_jax.errors import exit_on_input_error
+from unet_jax.errors import InputError, exit_on_input_error
 from unet_jax.metrics import held_out
 from unet_jax.plots import quality_figure
 
@@ -28,7 +28,7 @@ class Curve(NamedTuple):
 
 
 def curves(folders: Sequence[Path]) -> list[Curve]:
-    """The curve of each run, in the order of the folders; raises InputError where one is no finished run."""
+    """The curve of each run, in the order of the folders; raises InputError for a run unfinished or without scores."""
     runs = {folder.resolve(): read_run(folder) for folder in folders}
 
     def minutes(run: Run) -> list[float]:
@@ -43,7 +43,9 @@ def curves(folders: Sequence[Path]) -> list[Curve]:
     for folder in folders:
         run = runs[folder.resolve()]
         parts, scores = zip(*map(held_out, run.records), strict=True)
-        found.append(Curve(folder.name, minutes(run), [score["mean_iou"] for score in scores], parts[-1]))
+        if "mean_iou" not in scores[-1]:
+            raise InputError(f"{folder} has no mean IoU: it had neither a test split nor a validation part")
+        found.append(Curve(folder.name, minutes(run), [score["mean_iou"] or 0 for score in scores], parts[-1]))
     return found
 
 

@@ -128,3 +128,6 @@ def test_time_to_quality_counts_the_run_that_another_began_from(tmp_path, monkey
         "| first | test | 0.2 | - | - | 0.6000 | 0.5 |",
     ]
     assert (tmp_path / "out" / "time_to_quality.png").read_bytes()[:4] == b"\x89PNG"
+    (first / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "train_loss": 0.5, "seconds": 10.0}))
+    with pytest.raises(InputError, match=r"first has no mean IoU: it had neither a test split nor a validation part$"):
+        time_to_quality.curves([first])

@@ -97,7 +97,7 @@ def pick(options: Options, config: "RunConfig") -> "tuple[str, str, Split]":
         known = runs.read_split(options.run).get(name)  # None of a run that an older version made
         if own and known is not None and known != [split.names[i] for i in rows]:
             raise InputError(
-                f"{data_dir} has other {name} pictures than {options.run} had: --split all scores them all"
+                f"{data_dir or dataset} has other {name} pictures than {options.run} had: --split all scores them all"
             )
         rows = rows[: options.examples]
         split = Split(split.images[rows], split.labels[rows], [split.names[i] for i in rows])
