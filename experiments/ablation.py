@@ -28,6 +28,7 @@ PIECES = {
     "decay": "--weight-decay 0.01 --clip-norm 1",
     "lr2": "--learning-rate 2e-3",
     "batch16": "--batch-size 16",
+    "nodrop": "--dropout-rate 0",
     "ce": "--loss cross_entropy",
     "dice": "--loss soft_dice",
 }

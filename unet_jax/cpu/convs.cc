@@ -16,14 +16,15 @@ struct Place {
   Place(int64_t index, int64_t h, int64_t w) : picture(index / (h * w)), i(index / w % h), j(index % w) {}
 };
 
+// Of the registers, kSums hold sums and kStrip a row of the right matrix. One more is for the left one's element.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kSums = 24;  // kSums of the 32 registers hold sums
+constexpr int kLanes = 16, kSums = 24, kStrip = 4;  // of 32
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kSums = 12;  // of 16
+constexpr int kLanes = 8, kSums = 12, kStrip = 2;  // of 16
 #elif defined(__aarch64__)
-constexpr int kLanes = 4, kSums = 24;
+constexpr int kLanes = 4, kSums = 24, kStrip = 4;
 #else
-constexpr int kLanes = 4, kSums = 12;
+constexpr int kLanes = 4, kSums = 12, kStrip = 2;
 #endif
 using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
@@ -109,8 +110,8 @@ void product(int64_t rows, int64_t columns, Left a, Matrix b, Matrix c, int64_t 
       for (; o + width <= columns; o += width)
         strip(rows, a, Matrix{b.p + o, b.row}, Matrix{c.p + o, c.row}, std::min(kSummed, count - k), add);
     };
-    strips(strip_product<4>, 4 * kLanes);
-    strips(strip_product<2>, 2 * kLanes);
+    strips(strip_product<kStrip>, kStrip * kLanes);
+    if (kStrip > 2) strips(strip_product<2>, 2 * kLanes);
     strips(strip_product<1>, kLanes);
   }
 }
