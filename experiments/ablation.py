@@ -29,6 +29,7 @@ PIECES = {
     "lr2": "--learning-rate 2e-3",
     "batch16": "--batch-size 16",
     "nodrop": "--dropout-rate 0",
+    "strided": "--downsampling strided_conv",
     "ce": "--loss cross_entropy",
     "dice": "--loss soft_dice",
 }
