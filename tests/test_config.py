@@ -69,7 +69,8 @@ def test_the_recipe_of_our_own(dataset):
     check_config(config)
     assert through_json(config) == config
     assert set(VARIANTS) - set(PUBLISHED) == {"best"}
-    assert (config.train.augment, config.train.ema, config.train.schedule) == ("strong", 0.998, "constant")
+    assert (config.train.augment, config.train.ema, config.train.schedule) == ("strong", 0.998, "cosine")
+    assert (config.train.batch_size, config.train.warmup_epochs) == (16, 1)
 
 
 def test_values_that_are_not_defaults_survive_json():

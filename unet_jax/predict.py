@@ -136,14 +136,16 @@ class Predictor:
             band = np.concatenate([band[done:], np.zeros_like(band[:done])])
 
 
-def load(run: str | Path, tile_size: int | None = None) -> Predictor:
+def load(run: str | Path = "pets", tile_size: int | None = None) -> Predictor:
     """A run's checkpoint (the newest, or the best where validation chose one) as a Predictor.
+
+    Without a run: the network for photographs of cats and dogs that comes with unet_jax.
 
     Raises:
       InputError: there is no run or no checkpoint that can be read, or the tile size does not suit the network.
     """
     placement = device.placement()
-    config, restored = runs.load(Path(run), placement)
+    config, restored = runs.load(runs.find(run), placement)
     margin = margin_of(len(config.model.widths))
     tile_size = tile_size or max(512, 8 * margin)
     if tile_size % UNIT or tile_size < 3 * margin:

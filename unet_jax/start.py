@@ -55,8 +55,7 @@ def start_from(config: RunConfig, placement: Placement) -> Restored:
     """A fresh state at step 0, with the parameters and statistics of --init-from if given."""
     state = runs.fresh_state(config, placement)
     if config.train.init_from:
-        other = Path(config.train.init_from)
-        theirs, restored = runs.load(other, placement)
+        theirs, restored = runs.load(runs.find(config.train.init_from), placement)
         state = state._replace(**taken_over(config, theirs, state.params, train.variables(restored.state)))
     return Restored(jax.device_put(state, placement.replicated), Progress([], []), [])
 

@@ -62,7 +62,6 @@ def is_own(options: Options, config: "RunConfig", found: "dict[str, Source]") ->
 def pick(options: Options, config: "RunConfig") -> "tuple[str, str, Split]":
     """The dataset's name, the split's, and its pictures."""
     from unet_jax import runs
-    from unet_jax.data.batches import validation_rows
     from unet_jax.data.cache import Split, load_split
     from unet_jax.data.datasets import resolve, sources, whole
     from unet_jax.folders import default_cache_dir
@@ -90,20 +89,29 @@ def pick(options: Options, config: "RunConfig") -> "tuple[str, str, Split]":
     cache = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
     if name in ("test", "all") or not divided:
         split = load_split(source, data.image_size, options.examples or count, cache)
-    else:  # divided as the run divided its pictures
+    else:
         split = load_split(source, data.image_size, count, cache)
-        parts = validation_rows(split.names, data.validation_fraction, config.train.seed, split.validation)
-        rows = parts[name == "validation"]
-        known = runs.read_split(options.run).get(name)  # None of a run that an older version made
-        if own and known is not None and known != [split.names[i] for i in rows]:
+        split = part_of_train(split, name, config)
+        # A run that an older version made has no names.
+        if own and split.names != runs.read_split(options.run).get(name, split.names):
             raise InputError(
                 f"{data_dir or dataset} has other {name} pictures than {options.run} had: --split all scores them all"
             )
-        rows = rows[: options.examples]
-        split = Split(split.images[rows], split.labels[rows], [split.names[i] for i in rows])
+        first = slice(options.examples)
+        split = Split(split.images[first], split.labels[first], split.names[first])
     if name in ("test", "all"):
         check_unseen(options.run, split, own and name == "test")
     return dataset, name, split
+
+
+def part_of_train(train: "Split", name: str, config: "RunConfig") -> "Split":
+    """The training or the validation part of train, divided as the run divided its own pictures."""
+    from unet_jax.data.batches import validation_rows
+    from unet_jax.data.cache import Split
+
+    parts = validation_rows(train.names, config.data.validation_fraction, config.train.seed, train.validation)
+    rows = parts[name == "validation"]
+    return Split(train.images[rows], train.labels[rows], [train.names[i] for i in rows])
 
 
 def check_unseen(run: Path, split: "Split", own: bool) -> None:
@@ -135,7 +143,7 @@ def evaluate_run(options: Options) -> None:
         raise InputError(f"--examples is {options.examples}: it must be at least 1")
     device.set_up(default_cache_dir() / "xla")
     placement = device.placement()
-    config, restored = runs.load(options.run, placement)
+    config, restored = runs.load(runs.find(options.run), placement)
     batch_size = -(-config.train.batch_size // placement.devices) * placement.devices
     dataset, name, split = pick(options, config)
     classes = config.data.class_names

@@ -32,7 +32,7 @@ class Options:
     """What to segment, how, and where to."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """The run's folder."""
+    """The run's folder. Without it, or with pets for it: the network for cats and dogs that comes with unet_jax."""
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Files, folders (the pictures in them) and globs."""
     out: Path
@@ -145,6 +145,27 @@ def scale_line(scale: tuple[float, float] | None) -> str:
     )
 
 
+def run_and_pictures(options: Options) -> tuple[Path, tuple[str, ...]]:
+    """The run's folder and what to segment, where the first argument may be a picture and the run left out.
+
+    Raises:
+      InputError: there is a run and nothing to segment, or something else in the place of the run.
+    """
+    from unet_jax import runs
+
+    run = runs.find(options.run)
+    is_run = (run / "config.json").exists()
+    if is_run and not options.pictures:
+        raise InputError(f"no pictures are given: {options.run} is a run, and pictures come after it")
+    if options.pictures and not options.run.is_file():
+        if not is_run:
+            text = "the first argument is a run's folder, or pets for the network that comes with unet_jax"
+            raise InputError(f"{options.run} is no run folder: {text}")
+        return run, options.pictures
+    print("segmenting with the network for cats and dogs that comes with unet_jax")
+    return runs.PETS, (str(options.run), *options.pictures)
+
+
 def main(options: Options) -> int:
     """Segments all pictures; the exit status is 1 if some were bad, 2 if all were."""
     from tqdm import tqdm
@@ -155,19 +176,18 @@ def main(options: Options) -> int:
     from unet_jax.folders import default_cache_dir
     from unet_jax.predict import load
 
-    if options.run.is_file():
-        raise InputError(f"{options.run} is a file: a run's folder comes first, the pictures after it")
     if options.white is not None and not 0 < options.white < 65536:
         raise InputError(f"--white is {options.white}: it must be from 1 to 65535")
     pictures_files.MAX_PIXELS = Image.MAX_IMAGE_PIXELS = int(options.max_megapixels * 1e6)
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is reported once, at the end
-    pictures, bad = find(options.pictures)
+    run, patterns = run_and_pictures(options)
+    pictures, bad = find(patterns)
     if not pictures:
         raise InputError("; ".join(bad) or "no pictures are given")
     names = name_outputs(pictures)
     prepare_folder(options.out, names, pictures)
     device.set_up(default_cache_dir() / "xla")
-    predictor = load(options.run, options.tile_size)
+    predictor = load(run, options.tile_size)
     if options.mode == "tile":
         print(scale_line(predictor.config.data.scale))
     at_once = predictor.batch_size(*sides(predictor.config.data.image_size))

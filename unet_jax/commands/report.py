@@ -105,16 +105,23 @@ def row(runs: list[Run]) -> str:
     return f"| {' | '.join(map(str, cells))} |\n"
 
 
+def share_a_row(one: Run, other: Run) -> bool:
+    """Whether two runs differ in nothing that a table would tell, except for their seeds."""
+    made = [(run.framework, run.environment["device"], len(run.records)) for run in (one, other)]
+    changed = differences(one.config, other.config)
+    return made[0] == made[1] and all(text.startswith("train.seed: ") for text in changed)
+
+
 def table(runs: Iterable[Run]) -> str:
     """Markdown: a row for each group of runs that differ only in their seeds, with the published loss beside ours."""
-    groups: dict[Any, list[Run]] = {}
+    groups: list[list[Run]] = []
     for run in runs:
-        train = dataclasses.replace(run.config.train, seed=0)
-        same = dataclasses.replace(
-            run.config, train=train, data=dataclasses.replace(run.config.data, data_dir=None, scale=None)
-        )
-        groups.setdefault((same, run.framework, run.environment["device"], len(run.records)), []).append(run)
-    return "".join([f"| {' | '.join(HEAD)} |\n", "|---" * len(HEAD), "|\n", *map(row, groups.values())])
+        group = next((group for group in groups if share_a_row(group[0], run)), None)
+        if group:
+            group.append(run)
+        else:
+            groups.append([run])
+    return "".join([f"| {' | '.join(HEAD)} |\n", "|---" * len(HEAD), "|\n", *map(row, groups)])
 
 
 def write_comparison(folders: list[Path], out: Path | None = None, name: str = "comparison") -> None:

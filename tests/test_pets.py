@@ -1,0 +1,87 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_predict import picture
+
+import unet_jax
+from unet_jax import device, experiment, runs
+from unet_jax.commands import predict
+from unet_jax.config import default_config
+from unet_jax.errors import InputError
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photos" / "cat.png"
+    path.parent.mkdir()
+    Image.fromarray(picture(40, 56)).save(path)
+    return path
+
+
+def test_the_network_that_comes_with_the_package_is_small_and_names_no_folder():
+    assert {file.name for file in runs.PETS.iterdir()} == {"README.md", "config.json", "model.json", "weights.msgpack"}
+    assert sum(file.stat().st_size for file in runs.PETS.iterdir()) < 5e6
+    config = runs.read_config(runs.PETS)
+    assert (config.data.data_dir, config.train.init_from) == (None, None)
+    assert config.data.class_names == ("pet", "background", "border")
+
+
+def test_the_card_gives_the_networks_size_and_training_size():
+    config, restored = runs.load(runs.PETS, device.placement())
+    card = (runs.PETS / "README.md").read_text()
+    assert f"{sum(x.size for x in jax.tree.leaves(restored.state.params)):,} parameters" in card
+    assert f"{config.data.image_size}x{config.data.image_size}" in card
+    assert json.loads((runs.PETS / "model.json").read_text())["class_names"] == list(config.data.class_names)
+
+
+@pytest.mark.parametrize("run", [[], ["pets"]])
+@pytest.mark.parametrize("pictures", ["photos", "photos/cat.png", "photos/*.png"])
+def test_predict_needs_no_run(photo, monkeypatch, run, pictures):
+    monkeypatch.chdir(photo.parent.parent)
+    with pytest.raises(SystemExit) as end:
+        predict.command([*run, pictures, "--out", "masks"])
+    assert not end.value.code
+    with Image.open("masks/cat_mask.png") as mask:
+        np.testing.assert_array_equal(mask, unet_jax.load()(picture(40, 56)))
+
+
+def test_predict_takes_many_pictures_without_a_run(photo, tmp_path, capsys):
+    Image.fromarray(picture(24, 24)).save(tmp_path / "dog.png")
+    with pytest.raises(SystemExit) as end:
+        predict.command([str(photo), str(tmp_path / "dog.png"), "--out", str(tmp_path / "masks")])
+    assert not end.value.code
+    assert len(list((tmp_path / "masks").glob("*_mask.png"))) == 2
+    assert "that comes with unet_jax" in capsys.readouterr().out
+
+
+def test_a_run_without_pictures_and_a_mistyped_run_are_refused(photo, tmp_path):
+    runs.write_json(tmp_path / "config.json", {})
+    for run, pictures, text in ((tmp_path, (), "no pictures are given"), (tmp_path / "no", (str(photo),), "no run")):
+        with pytest.raises(InputError, match=text):
+            predict.main(predict.Options(run, pictures, tmp_path / "masks"))
+
+
+def test_a_run_in_a_folder_named_pets_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runs.find("pets") == runs.PETS
+    (tmp_path / "pets").mkdir()
+    assert runs.find("pets") == runs.PETS
+    runs.write_json(tmp_path / "pets" / "config.json", {})
+    assert runs.find("pets").resolve() == tmp_path / "pets"
+
+
+def test_training_starts_from_it(tmp_path):
+    config = default_config("mp_tr_ce", "synthetic")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, image_size=32, train_examples=4, test_examples=4),
+        model=dataclasses.replace(config.model, widths=(16, 32, 64, 128, 256)),
+        train=dataclasses.replace(config.train, init_from="pets", epochs=1, batch_size=4, learning_rate=1e-6),
+    )
+    experiment.run(config, tmp_path / "run", cache_dir=tmp_path / "cache", compilation_cache=False)
+    theirs, trained = (runs.load(f, device.placement())[1].state.params for f in (runs.PETS, tmp_path / "run"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), theirs, trained)
