@@ -8,7 +8,7 @@ from PIL import Image
 from test_predict import picture
 
 import unet_jax
-from unet_jax import device, experiment, runs
+from unet_jax import device, experiment, runs, weights
 from unet_jax.commands import predict
 from unet_jax.config import default_config
 from unet_jax.errors import InputError
@@ -23,19 +23,19 @@ def photo(tmp_path):
 
 
 def test_the_network_that_comes_with_the_package_is_small_and_names_no_folder():
-    assert {file.name for file in runs.PETS.iterdir()} == {"README.md", "config.json", "model.json", "weights.msgpack"}
-    assert sum(file.stat().st_size for file in runs.PETS.iterdir()) < 5e6
-    config = runs.read_config(runs.PETS)
+    assert {file.name for file in weights.PETS.iterdir()} == {"README.md", "config.json", "model.json", "weights.msgpack"}
+    assert sum(file.stat().st_size for file in weights.PETS.iterdir()) < 5e6
+    config = runs.read_config(weights.PETS)
     assert (config.data.data_dir, config.train.init_from) == (None, None)
     assert config.data.class_names == ("pet", "background", "border")
 
 
 def test_the_card_gives_the_networks_size_and_training_size():
-    config, restored = runs.load(runs.PETS, device.placement())
-    card = (runs.PETS / "README.md").read_text()
+    config, restored = runs.load(weights.PETS, device.placement())
+    card = (weights.PETS / "README.md").read_text()
     assert f"{sum(x.size for x in jax.tree.leaves(restored.state.params)):,} parameters" in card
     assert f"{config.data.image_size}x{config.data.image_size}" in card
-    assert json.loads((runs.PETS / "model.json").read_text())["class_names"] == list(config.data.class_names)
+    assert json.loads((weights.PETS / "model.json").read_text())["class_names"] == list(config.data.class_names)
 
 
 @pytest.mark.parametrize("run", [[], ["pets"]])
@@ -67,11 +67,11 @@ def test_a_run_without_pictures_and_a_mistyped_run_are_refused(photo, tmp_path):
 
 def test_a_run_in_a_folder_named_pets_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert runs.find("pets") == runs.PETS
+    assert weights.find("pets") == weights.PETS
     (tmp_path / "pets").mkdir()
-    assert runs.find("pets") == runs.PETS
+    assert weights.find("pets") == weights.PETS
     runs.write_json(tmp_path / "pets" / "config.json", {})
-    assert runs.find("pets").resolve() == tmp_path / "pets"
+    assert weights.find("pets").resolve() == tmp_path / "pets"
 
 
 def test_training_starts_from_it(tmp_path):
@@ -83,5 +83,5 @@ def test_training_starts_from_it(tmp_path):
         train=dataclasses.replace(config.train, init_from="pets", epochs=1, batch_size=4, learning_rate=1e-6),
     )
     experiment.run(config, tmp_path / "run", cache_dir=tmp_path / "cache", compilation_cache=False)
-    theirs, trained = (runs.load(f, device.placement())[1].state.params for f in (runs.PETS, tmp_path / "run"))
+    theirs, trained = (runs.load(f, device.placement())[1].state.params for f in (weights.PETS, tmp_path / "run"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), theirs, trained)

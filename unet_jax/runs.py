@@ -29,7 +29,6 @@ FILES = (
     *("config.json", "environment.json", "split.json", "metrics.jsonl", "summary.json", "scores.csv"),
     *("metrics.png", "results.png"),
 )
-PETS = Path(__file__).parent / "pets"  # a trained network that comes with the package: weights, config and card
 PACKAGES = ("unet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "pillow")
 
 
@@ -148,12 +147,6 @@ def data_dir(folder: Path, config: RunConfig) -> str | None:
     if not os.path.isdir(name):
         raise InputError(f"{folder} was trained on the pictures in {name}, which is no folder here: give a --data-dir")
     return name
-
-
-def find(run: str | Path) -> Path:
-    """The folder of a run. `pets` is PETS, unless there is a run in a folder of this name."""
-    folder = Path(run)
-    return PETS if str(run) == "pets" and not (folder / "config.json").exists() else folder
 
 
 def read_config(folder: Path) -> RunConfig:

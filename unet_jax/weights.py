@@ -11,6 +11,13 @@ from unet_jax.errors import InputError
 from unet_jax.train import TrainState, variables
 
 FILE = "weights.msgpack"
+PETS = Path(__file__).parent / "pets"  # a trained network that comes with the package: weights, config and card
+
+
+def find(run: str | Path) -> Path:
+    """The folder of a run. `pets` is PETS, unless there is a run in a folder of this name."""
+    folder = Path(run)
+    return PETS if str(run) == "pets" and not (folder / "config.json").exists() else folder
 
 
 def to_bytes(state: TrainState) -> bytes:

@@ -151,9 +151,9 @@ def run_and_pictures(options: Options) -> tuple[Path, tuple[str, ...]]:
     Raises:
       InputError: there is a run and nothing to segment, or something else in the place of the run.
     """
-    from unet_jax import runs
+    from unet_jax import weights
 
-    run = runs.find(options.run)
+    run = weights.find(options.run)
     is_run = (run / "config.json").exists()
     if is_run and not options.pictures:
         raise InputError(f"no pictures are given: {options.run} is a run, and pictures come after it")
@@ -163,7 +163,7 @@ def run_and_pictures(options: Options) -> tuple[Path, tuple[str, ...]]:
             raise InputError(f"{options.run} is no run folder: {text}")
         return run, options.pictures
     print("segmenting with the network for cats and dogs that comes with unet_jax")
-    return runs.PETS, (str(options.run), *options.pictures)
+    return weights.PETS, (str(options.run), *options.pictures)
 
 
 def main(options: Options) -> int:
