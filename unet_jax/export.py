@@ -149,7 +149,7 @@ def export_run(run: Path, out: Path, format: ExportFormat = "jax") -> dict[str, 
       InputError: there is no run or no complete checkpoint, `out` cannot be written, or what the format needs is not
         installed.
     """
-    config, restored = runs.load(weights.find(run), device.placement())
+    config, restored = runs.load(run, device.placement())
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, precision="float32"),

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from PIL import Image
 
-from unet_jax import device, runs, weights
+from unet_jax import device, runs
 from unet_jax.checkpoint import Restored
 from unet_jax.config import RunConfig, Tta, sides
 from unet_jax.data.cache import resize
@@ -145,7 +145,7 @@ def load(run: str | Path = "pets", tile_size: int | None = None) -> Predictor:
       InputError: there is no run or no checkpoint that can be read, or the tile size does not suit the network.
     """
     placement = device.placement()
-    config, restored = runs.load(weights.find(run), placement)
+    config, restored = runs.load(Path(run), placement)
     margin = margin_of(len(config.model.widths))
     tile_size = tile_size or max(512, 8 * margin)
     if tile_size % UNIT or tile_size < 3 * margin:

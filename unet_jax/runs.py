@@ -168,11 +168,13 @@ def read_config(folder: Path) -> RunConfig:
 def load(folder: Path, placement: Placement, config: RunConfig | None = None) -> tuple[RunConfig, Restored]:
     """The config of the run in `folder` and its newest sound checkpoint, or its best one where validation chose one.
 
-    A folder that has only weights gives an inference state (see `train.inference_state`).
+    A folder that has only weights gives an inference state (see `train.inference_state`); `pets` is the network that
+    comes with the package (see `weights.find`).
 
     Raises:
       InputError: there is no run, or no checkpoint that can be read.
     """
+    folder = weights.find(folder)
     config = config or read_config(folder)
     if (folder / weights.FILE).exists() and not exists(folder / "checkpoints"):
         state = jax.device_put(weights.read(folder, abstract_state(config, placement)), placement.replicated)

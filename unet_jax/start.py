@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from unet_jax import device, runs, train, weights
+from unet_jax import device, runs, train
 from unet_jax.checkpoint import Progress, Restored
 from unet_jax.config import RunConfig, differences
 from unet_jax.device import Placement
@@ -55,7 +55,7 @@ def start_from(config: RunConfig, placement: Placement) -> Restored:
     """A fresh state at step 0, with the parameters and statistics of --init-from if given."""
     state = runs.fresh_state(config, placement)
     if config.train.init_from:
-        theirs, restored = runs.load(weights.find(config.train.init_from), placement)
+        theirs, restored = runs.load(Path(config.train.init_from), placement)
         state = state._replace(**taken_over(config, theirs, state.params, train.variables(restored.state)))
     return Restored(jax.device_put(state, placement.replicated), Progress([], []), [])
 

@@ -131,7 +131,7 @@ def check_unseen(run: Path, split: "Split", own: bool) -> None:
 
 def evaluate_run(options: Options) -> None:
     """Writes evaluation.json, scores.csv, split.json, tables.md and pictures.png, and prints the tables."""
-    from unet_jax import device, runs, weights
+    from unet_jax import device, runs
     from unet_jax.data.batches import Loader
     from unet_jax.folders import default_cache_dir
     from unet_jax.loop import evaluate
@@ -143,7 +143,7 @@ def evaluate_run(options: Options) -> None:
         raise InputError(f"--examples is {options.examples}: it must be at least 1")
     device.set_up(default_cache_dir() / "xla")
     placement = device.placement()
-    config, restored = runs.load(weights.find(options.run), placement)
+    config, restored = runs.load(options.run, placement)
     batch_size = -(-config.train.batch_size // placement.devices) * placement.devices
     dataset, name, split = pick(options, config)
     classes = config.data.class_names
