@@ -18,7 +18,7 @@ import tyro
 from parity import Run, nhwc, pictures, to_numpy, train_jax, train_pytorch
 
 from unet_jax.config import PUBLISHED, VARIANTS, Variant
-from unet_jax.cpu.library import has_bfloat16
+from unet_jax.cpu.library import has_bfloat16, has_matrix_units
 from unet_jax.device import fast_layers, placement
 from unet_jax.from_pytorch import variables_from_state_dict
 from unet_jax.model import UNet
@@ -54,7 +54,8 @@ def errors(variant: Variant, image_size: int, batch_size: int, seed: int) -> lis
 def main(image_size: int = 64, batch_size: int = 4, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
     """Prints the table of errors."""
     jax.config.update("jax_platforms", "cpu")
-    print(f"our bfloat16 is computed by {'the C++ on AMX' if has_bfloat16() else 'XLA'}\n")
+    units = "AMX" if has_matrix_units() else "AVX512-BF16"
+    print(f"our bfloat16 is computed by {f'the C++ with {units}' if has_bfloat16() else 'XLA'}\n")
     print("| variant | logits, ours | PyTorch | gradients, ours | PyTorch |\n|---|---|---|---|---|")
     missed = []
     for name in PUBLISHED:

@@ -44,7 +44,7 @@ def conv_params(features: int, out: int) -> dict[str, np.ndarray]:
 @pytest.fixture(params=[2, 4])
 def tile(request, monkeypatch):
     """m of F(m x m, 3x3), both in turn."""
-    monkeypatch.setattr(convs, "_tile", lambda *_: np.int64(request.param))
+    monkeypatch.setattr(convs, "tile_side", lambda *_: np.int64(request.param))
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 6), (3, 5, 7), (2, 1, 1), (1, 15, 2), (6, 13, 30)])
@@ -287,7 +287,7 @@ sys.path.insert(0, "TESTS")
 import test_cpu_layers as tests
 assert library.is_available()
 for m in (2, 4):
-    convs._tile = lambda *_: tests.np.int64(m)
+    convs.tile_side = lambda *_: tests.np.int64(m)
     tests.test_conv_is_linens((3, 13, 30), 16, 112, None)
     tests.test_conv_whose_sums_a_cache_does_not_hold_is_linens(None)
 tests.test_conv_of_stride_2_is_linens((2, 8, 6), 48, 32)

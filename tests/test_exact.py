@@ -20,7 +20,7 @@ from unet_jax.data.batches import Batch
 WIDTHS = (32, 64, 128, 256, 512)
 REPEATS = 6
 HAS_BFLOAT16 = jax.default_backend() == "cpu" and has_bfloat16()
-NEEDS_BFLOAT16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="needs a CPU with AMX, and a compiler")
+NEEDS_BFLOAT16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="needs AMX or AVX512-BF16, and a compiler")
 
 
 def spin() -> None:

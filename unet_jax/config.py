@@ -110,7 +110,7 @@ class ModelConfig:
     dropout_rate: float = 0.3
     """Dropout in the two deepest encoder blocks."""
     precision: Precision = "auto"
-    """What the layers compute in; auto is bfloat16 on a GPU, a TPU and a CPU with AMX, else float32."""
+    """What the layers compute in; auto is bfloat16 on a GPU, a TPU and a CPU with AMX or AVX512-BF16, else float32."""
     remat: bool = False
     """Compute each block's inner activations again for the gradient instead of keeping them: less memory, more time."""
 

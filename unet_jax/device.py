@@ -84,7 +84,7 @@ def compute_dtype(precision: Precision, platform: str) -> DTypeLike:
 
 
 def fastest_precision(placement: Placement) -> Precision:
-    """What "auto" is in a new run: bfloat16 on an accelerator, or on one CPU with matrix units for it, else float32."""
+    """What "auto" is in a new run: bfloat16 on an accelerator, or on one CPU with such products, else float32."""
     if placement.platform != "cpu":
         return "bfloat16"
     from unet_jax.cpu.library import has_bfloat16

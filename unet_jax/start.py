@@ -43,7 +43,9 @@ def settle_precision(config: RunConfig, folder: Path, placement: Placement, over
     """
     fastest, precision = device.fastest_precision(placement), config.model.precision
     if precision == "bfloat16" and fastest == "float32":
-        print("bfloat16 is slower than float32 here: it needs a GPU, or one CPU with AMX", file=sys.stderr)
+        print(
+            "bfloat16 is slower than float32 here: it needs a GPU, or one CPU with AMX or AVX512-BF16", file=sys.stderr
+        )
     if precision != "auto":
         return config
     goes_on = not overwrite and (folder / "config.json").exists()

@@ -1,5 +1,5 @@
-// The network's convolutions and their gradients in bfloat16 on the matrix units of x86 processors (AMX), as custom
-// calls of XLA (see bfloat16.py). Products are summed in float32.
+// The network's convolutions and their gradients in bfloat16 on x86 processors, as custom calls of XLA (see
+// bfloat16.py). Products are summed in float32, by matrix units (AMX) if there are, else in vectors (AVX512-BF16).
 //
 // Pictures [N, H, W, C] are gathered in blocks of rows, in which each row is followed by a pixel of zeros and each
 // picture by a row of zeros. All taps of a kernel then lie at fixed distances from a position, also where it is at a
@@ -8,7 +8,7 @@
 
 #include "shared.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AVX512BF16__) && defined(__linux__)
 
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -27,20 +27,6 @@ constexpr int64_t kCached = 400 << 10;  // Halfs of a block, for it and the kern
 constexpr int64_t kSummed = 2048;       // positions that a kernel's gradient sums over before it stores its sums
 
 int64_t padded(int64_t features) { return ceil_div(features, kPair) * kPair; }
-
-// Sets this thread's matrix units up for tiles of 16 rows of 64 bytes.
-class Units {
- public:
-  Units() {
-    struct alignas(64) {
-      std::uint8_t palette = 1, start = 0, reserved[14] = {};
-      std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  ~Units() { _tile_release(); }
-};
 
 // The first `count` of 32 or of 16 lanes.
 __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
@@ -232,11 +218,18 @@ void pack(const float* kernel, int64_t in, int64_t out, bool turned, int64_t i, 
   }
 }
 
-// sums [32, 32] (+)= the sum of left * right over pairs of matrices. `each` gets a function `product` and calls
-// product(left, right) once for each pair. Rows of sums are `row` floats apart, rows of left `left_row` Halfs. right is
-// two tiles; the second begins `right_next` Halfs after the first.
-template <typename Each>
-void multiply(float* sums, int64_t row, bool add, int64_t left_row, int64_t right_next, const Each& each) {
+// A pair of matrices to multiply: where they are, in Halfs from the first ones, and how many columns of the left one
+// and rows of the right one there are before only zeros follow.
+struct Operands {
+  int64_t left, right, count = kPair;
+};
+
+// sums [32, 32] (+)= the sum of the operands' products. Rows of sums are `row` floats apart, rows of left matrices
+// `left_row` Halfs. A right matrix is two tiles; the second begins `right_next` Halfs after the first.
+#ifdef __AMX_BF16__
+
+void multiply(float* sums, int64_t row, bool add, const Half* left, int64_t left_row, const Half* right,
+              int64_t right_next, const std::vector<Operands>& operands) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -247,21 +240,68 @@ void multiply(float* sums, int64_t row, bool add, int64_t left_row, int64_t righ
     _tile_loadd(2, sums + 16 * row, 4 * row);
     _tile_loadd(3, sums + 16 * row + 16, 4 * row);
   }
-  each([&](const Half* left, const Half* right) {
-    _tile_loadd(4, left, 2 * left_row);
-    _tile_loadd(6, right, 64);
-    _tile_loadd(7, right + right_next, 64);
+  for (const Operands& pair : operands) {
+    _tile_loadd(4, left + pair.left, 2 * left_row);
+    _tile_loadd(6, right + pair.right, 64);
+    _tile_loadd(7, right + pair.right + right_next, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, left + 16 * left_row, 2 * left_row);
+    _tile_loadd(5, left + pair.left + 16 * left_row, 2 * left_row);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-  });
+  }
   _tile_stored(0, sums, 4 * row);
   _tile_stored(1, sums + 16, 4 * row);
   _tile_stored(2, sums + 16 * row, 4 * row);
   _tile_stored(3, sums + 16 * row + 16, 4 * row);
 }
+
+// Sets this thread's matrix units up for tiles of 16 rows of 64 bytes.
+class Units {
+ public:
+  Units() {
+    struct alignas(64) {
+      std::uint8_t palette = 1, start = 0, reserved[14] = {};
+      std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~Units() { _tile_release(); }
+};
+
+#else
+
+void multiply(float* sums, int64_t row, bool add, const Half* left, int64_t left_row, const Half* right,
+              int64_t right_next, const std::vector<Operands>& operands) {
+  constexpr int kRows = 8;  // the sums of which are in 16 registers
+  for (int64_t first = 0; first < kPair; first += kRows, sums += kRows * row, left += kRows * left_row) {
+    __m512 total[kRows][2];
+    for (int r = 0; r < kRows; r++)
+      for (int half = 0; half < 2; half++)
+        total[r][half] = add ? _mm512_loadu_ps(sums + r * row + 16 * half) : _mm512_setzero_ps();
+    for (const Operands& pair : operands)
+      for (int64_t i = 0; i < pair.count; i += 2) {
+        const Half *columns = right + pair.right + 16 * i, *rows = left + pair.left + i;
+        auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(columns));
+        auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(columns + right_next));
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; r++) {
+          std::int32_t two;
+          std::memcpy(&two, rows + r * left_row, sizeof two);
+          auto value = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
+          total[r][0] = _mm512_dpbf16_ps(total[r][0], value, low);
+          total[r][1] = _mm512_dpbf16_ps(total[r][1], value, high);
+        }
+      }
+    for (int r = 0; r < kRows; r++)
+      for (int half = 0; half < 2; half++) _mm512_storeu_ps(sums + r * row + 16 * half, total[r][half]);
+  }
+}
+
+struct Units {};  // nothing to set up
+
+#endif
 
 // sums [count, 32] plus bias to those pixels of a strip's y that there are.
 void write(const float* sums, const int64_t* pixels, int64_t count, const Strip& strip, const float* bias) {
@@ -311,14 +351,16 @@ void convolve(ffi::ThreadPool& pool, const Parts& parts, Array kernel, bool turn
       int64_t odd_row = phase / 2, odd_column = phase % 2;
       auto seen = transposed ? block.transposed_taps(odd_row, odd_column) : block.taps(side);
       auto pixels = block.outputs(scale, odd_row, odd_column, out_h, out_w);
+      std::vector<Operands> operands;
+      for (int64_t chunk = 0; chunk < chunks; chunk++)
+        for (const Tap& tap : seen)
+          operands.push_back({tap.from * block.pixel() + chunk * kPair, (chunk * taps + tap.index) * kTiles,
+                              std::min(kPair, in - chunk * kPair)});
       for (size_t s = 0; s < strips.size(); s++) {
         const Half* own = kernels + s * chunks * taps * kTiles;
         for (int64_t q = 0; q < block.positions(); q += kPair) {
-          multiply(sums, kPair, false, block.pixel(), kTiles / 2, [&](auto product) {
-            const Half *from = x + (block.origin() + q) * block.pixel(), *tiles = own;
-            for (int64_t chunk = 0; chunk < chunks; chunk++, from += kPair, tiles += taps * kTiles)
-              for (const Tap& tap : seen) product(from + tap.from * block.pixel(), tiles + tap.index * kTiles);
-          });
+          const Half* from = x + (block.origin() + q) * block.pixel();
+          multiply(sums, kPair, false, from, block.pixel(), own, kTiles / 2, operands);
           write(sums, pixels.data() + q, std::min(kPair, block.positions() - q), strips[s], bias);
         }
       }
@@ -378,15 +420,15 @@ struct SumLayout {
       }
     });
     auto taps = from.taps(side);
+    std::vector<Operands> operands;
+    for (int64_t k = 0; k < own; k++) operands.push_back({k * kPair, k * kTiles / 2});
     run(out / kPair * (in / kPair), [&](int64_t item) {
       int64_t o = item / (in / kPair) * kPair, i = item % (in / kPair) * kPair;
       Units units;
       for (const Tap& tap : taps) {
         int64_t phase = (from.origin() + tap.from) / from.phase(), at = (from.origin() + tap.from) % from.phase();
         const Half *rows = left + (phase * in + i) * stride + at, *tiles = right + o * count * kPair;
-        multiply(sums + (tap.index * in + i) * out + o, out, add, stride, count * kTiles / 2, [&](auto product) {
-          for (int64_t k = 0; k < own; k++) product(rows + k * kPair, tiles + k * kTiles / 2);
-        });
+        multiply(sums + (tap.index * in + i) * out + o, out, add, rows, stride, tiles, count * kTiles / 2, operands);
       }
     });
   }
@@ -474,14 +516,25 @@ ffi::Error bfloat16_kernel_gradient(ffi::ThreadPool pool, Flags relu, int64_t st
 HANDLER(bfloat16_conv, binding().Attr<bool>("turned").Attr<int64_t>("step"));
 HANDLER(bfloat16_kernel_gradient, binding().Attr<int64_t>("step"));
 
-// Whether the kernel lets this process use the matrix units, for which Linux is to be asked once.
+// Whether this process may use them. Matrix units need Linux's permission, for which it is to be asked once.
 extern "C" bool unet_jax_has_bfloat16() {
+#ifdef __AMX_BF16__
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return true;
+#endif
 }
 
 #else
 
 extern "C" bool unet_jax_has_bfloat16() { return false; }
 
+#endif
+
+extern "C" const bool unet_jax_has_matrix_units =
+#ifdef __AMX_BF16__
+    true;
+#else
+    false;
 #endif

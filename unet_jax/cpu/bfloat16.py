@@ -1,7 +1,8 @@
-"""Convolutions on a CPU and their gradients in bfloat16, in C++ for processors with matrix units (bfloat16.cc).
+"""Convolutions on a CPU and their gradients in bfloat16, in C++ for processors with such products (bfloat16.cc).
 
 Like those of `convs`, they read lazy arrays directly. Kernels, biases and their gradients are float32: the C++ rounds
-kernels to bfloat16 when it packs them. Products are summed in float32.
+kernels to bfloat16 when it packs them. Products are summed in float32. Without matrix units (AMX), the convolutions of
+`convs` do what they do faster: they read and write bfloat16, and compute in float32, with kernels that are not rounded.
 """
 
 from functools import partial
@@ -12,9 +13,19 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from unet_jax.cpu.convs import NONE, Part, call_library, opened, parts_of, to_part
-from unet_jax.cpu.lazy import Lazy
-from unet_jax.cpu.library import has_bfloat16
+from unet_jax.cpu.convs import (
+    NONE,
+    Part,
+    call_library,
+    has_whole_vectors,
+    opened,
+    parts_of,
+    same_conv,
+    tile_side,
+    to_part,
+)
+from unet_jax.cpu.lazy import Joined, Lazy
+from unet_jax.cpu.library import has_bfloat16, has_matrix_units
 from unet_jax.cpu.sums import channel_sum
 
 HALF = jnp.dtype(jnp.bfloat16)
@@ -47,7 +58,16 @@ def _kernel_gradient(parts: Parts, g: Part, kernel: Array, step: int) -> Array:
 
 def conv(x: Array | Lazy, kernel: Array, bias: Array, strides: int = 1) -> Array:
     """As `layers.Conv`: x [N, H, W, I] with kernel [k, k, I, O] to [N, ceil(H/strides), ceil(W/strides), O]."""
-    return _any_conv(parts_of(x), kernel, bias, strides)
+    parts = parts_of(x)
+    if strides == 1 and _winograd_is_faster(parts, kernel):
+        return same_conv(Joined(parts), kernel, bias)
+    return _any_conv(parts, kernel, bias, strides)
+
+
+def _winograd_is_faster(parts: Parts, kernel: Array) -> bool:
+    """Whether F(4x4, 3x3) in float32 can compute it, and sooner than products in bfloat16 (measured: LOG.md)."""
+    fits = len(kernel) == 3 and has_whole_vectors(parts, kernel)
+    return fits and tile_side(parts[0], kernel) == 4 and not has_matrix_units()
 
 
 def transposed_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:

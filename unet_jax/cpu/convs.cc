@@ -31,6 +31,31 @@ using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_ali
 Vector& at(float* p) { return *reinterpret_cast<Vector*>(p); }
 const Vector& at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 
+// Numbers that XLA has or gets: float32, or bfloat16 if `half`, which is the upper half of a float32. What is computed
+// is float32.
+struct Numbers {
+  void* p;
+  bool half;
+
+  using Halves = std::uint16_t __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+  using Bits = std::uint32_t __attribute__((vector_size(4 * kLanes)));
+
+  Halves& halves(int64_t i) const { return *reinterpret_cast<Halves*>(static_cast<std::uint16_t*>(p) + i); }
+  float* floats(int64_t i) const { return static_cast<float*>(p) + i; }
+  Vector load(int64_t i) const {
+    return half ? reinterpret_cast<Vector>(__builtin_convertvector(halves(i), Bits) << 16) : at(floats(i));
+  }
+  void store(int64_t i, Vector v) const {
+    if (!half) {
+      at(floats(i)) = v;
+      return;
+    }
+    Bits bits = reinterpret_cast<Bits>(v);
+    Bits rounded = bits + 0x7fff + (bits >> 16 & 1);  // ties to even; some NaNs would overflow to 0
+    halves(i) = __builtin_convertvector((v == v ? rounded : bits) >> 16, Halves);
+  }
+};
+
 // a b + c, fused where the processor can. Fusing is explicit, and the compiler's own is off (-ffp-contract=off): it may
 // fuse differently in each copy of a loop that it makes, and results would depend on the copy that a thread runs. It is
 // assembly because GCC 12 copies registers around its own intrinsics: products then take 1.5 times as long.
@@ -121,20 +146,22 @@ void product(int64_t rows, int64_t columns, Left a, Matrix b, Matrix c, int64_t 
 // Pictures that are read as r = max(x, 0) if relu, else x; then as gain * r + shift if there is a gain (batch norm).
 // Outside the picture they are 0.
 struct Pictures {
-  const float *x, *gain, *shift;
+  Numbers x;
+  const float *gain, *shift;
   bool relu;
   int64_t n, h, w, c;
 
-  const float* pixel(int64_t picture, int64_t i, int64_t j) const {
-    return i < 0 || i >= h || j < 0 || j >= w ? nullptr : x + ((picture * h + i) * w + j) * c;
+  // Where a pixel's features begin in x, or -1 outside the picture.
+  int64_t pixel(int64_t picture, int64_t i, int64_t j) const {
+    return i < 0 || i >= h || j < 0 || j >= w ? -1 : ((picture * h + i) * w + j) * c;
   }
-  Vector value(const float* pixel, int64_t feature) const {
-    if (!pixel) return Vector{};
-    Vector v = at(pixel + feature);
+  Vector value(int64_t pixel, int64_t feature) const {
+    if (pixel < 0) return Vector{};
+    Vector v = x.load(pixel + feature);
     if (relu) v = v < 0 ? Vector{} : v;  // NaN stays
     return gain ? fma(v, at(gain + feature), at(shift + feature)) : v;
   }
-  void copy(const float* pixel, float* to) const {
+  void copy(int64_t pixel, float* to) const {
     for (int64_t feature = 0; feature < c; feature += kLanes) at(to + feature) = value(pixel, feature);
   }
 };
@@ -264,7 +291,7 @@ struct Tiles {
   template <Transform* transform, int S, int before>
   void gather(const Pictures& x, int64_t t, float* to, int64_t plane) const {
     Place place(t, rows, columns);
-    const float* pixels[S * S];
+    int64_t pixels[S * S];
     for (int i = 0; i < S; i++)
       for (int j = 0; j < S; j++)
         pixels[i * S + j] = x.pixel(place.picture, M * place.i + i - before, M * place.j + j - before);
@@ -286,7 +313,7 @@ struct Tiles {
   }
 
   // Tile t's outputs from from[p * plane + feature], for the y of so many features.
-  void scatter(const float* from, int64_t plane, int64_t t, const float* bias, float* y, int64_t features) const {
+  void scatter(const float* from, int64_t plane, int64_t t, const float* bias, Numbers y, int64_t features) const {
     Place place(t, rows, columns);
     int64_t top = M * place.i, left = M * place.j;
     for (int64_t feature = 0; feature < features; feature += kLanes) {
@@ -297,7 +324,7 @@ struct Tiles {
       Vector add = bias ? at(bias + feature) : Vector{};
       for (int i = 0; i < M && top + i < h; i++)
         for (int j = 0; j < M && left + j < w; j++)
-          at(y + ((place.picture * h + top + i) * w + left + j) * features + feature) = outputs[i * M + j] + add;
+          y.store(((place.picture * h + top + i) * w + left + j) * features + feature, outputs[i * M + j] + add);
     }
   }
 };
@@ -324,7 +351,7 @@ void transform_kernel(ffi::ThreadPool& pool, const float* kernel, int64_t in, in
 }
 
 struct Output {
-  float* y;
+  Numbers y;
   int64_t features;
 };
 
@@ -476,7 +503,7 @@ void gradient_of_halving(ffi::ThreadPool& pool, const Pictures& x, const Picture
     parallel_blocks(pool, own, 16, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
         gather_halving(x, first + r, inputs + r * seen);
-        g.copy(g.x + (first + r) * g.c, outputs + r * g.c);
+        g.copy((first + r) * g.c, outputs + r * g.c);
       }
     });
     parallel_blocks(pool, seen, 48, [&](int64_t begin, int64_t end) {
@@ -487,15 +514,18 @@ void gradient_of_halving(ffi::ThreadPool& pool, const Pictures& x, const Picture
 
 // ---- What XLA calls ----
 
-Pictures pictures(Array x) {
+// No other types come here: see `handles` in convs.py and bfloat16.py.
+Numbers numbers(ffi::AnyBuffer x) { return {x.untyped_data(), x.element_type() == ffi::BF16}; }
+
+Pictures pictures(ffi::AnyBuffer x) {
   auto shape = x.dimensions();
-  return {x.typed_data(), nullptr, nullptr, false, shape[0], shape[1], shape[2], shape[3]};
+  return {numbers(x), nullptr, nullptr, false, shape[0], shape[1], shape[2], shape[3]};
 }
 
 Parts all_parts(ffi::RemainingArgs& args, Flags relu) {
   Parts parts;
   for (size_t i = 0; i < relu.size(); i++) {
-    Pictures x = pictures(*args.get<Array>(3 * i));
+    Pictures x = pictures(*args.get<ffi::AnyBuffer>(3 * i));
     x.gain = optional(*args.get<Array>(3 * i + 1));
     x.shift = optional(*args.get<Array>(3 * i + 2));
     x.relu = relu[i];
@@ -509,8 +539,8 @@ Array after_parts(ffi::RemainingArgs& args, Flags relu, size_t i) { return *args
 std::vector<Output> all_outputs(ffi::RemainingRets& rets) {
   std::vector<Output> outputs;
   for (size_t i = 0; i < rets.size(); i++) {
-    Array y = **rets.get<Array>(i);
-    outputs.push_back({y.typed_data(), y.dimensions()[3]});
+    ffi::AnyBuffer y = **rets.get<ffi::AnyBuffer>(i);
+    outputs.push_back({numbers(y), y.dimensions()[3]});
   }
   return outputs;
 }
@@ -527,7 +557,8 @@ ffi::Error same_kernel_gradient(ffi::ThreadPool pool, Flags relu, int64_t m, ffi
                                 ffi::RemainingRets rets) {
   auto run = m == 4 ? kernel_gradient<4> : kernel_gradient<2>;
   return checked([&] {
-    run(pool, all_parts(args, relu), pictures(after_parts(args, relu, 0)), (**rets.get<Array>(0)).typed_data());
+    run(pool, all_parts(args, relu), pictures(*args.get<ffi::AnyBuffer>(3 * relu.size())),
+        (**rets.get<Array>(0)).typed_data());
   });
 }
 

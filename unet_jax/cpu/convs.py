@@ -1,4 +1,4 @@
-"""The 3x3 convolutions on a CPU and their gradients, in C++ (convs.cc).
+"""The 3x3 convolutions on a CPU and their gradients, in C++ (convs.cc). They compute in float32.
 
 XLA's own convolutions reach two thirds of a CPU's peak, their kernel gradients a third. The C++ reads lazy arrays
 directly: parts to be concatenated along the channels, each of which may be a `Scaled`.
@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from unet_jax.cpu.lazy import Joined, Lazy, Scaled, as_array
 from unet_jax.cpu.library import is_available
 from unet_jax.cpu.sums import channel_sum
 from unet_jax.layers import convolution
 
-LANES = 16  # every number of features is a multiple of it
+LANES = 16
 NONE = np.zeros(0, np.float32)  # stands for a gain, a shift or a bias that is not there
 Part = Array | Scaled
 
@@ -25,14 +26,18 @@ def handles(x: Array | Lazy, kernel: Array, strides: int = 1) -> bool:
     """Whether the C++ can compute it: all float32, features multiples of 16, sizes known, not 0, even for stride 2."""
     parts = parts_of(x)
     arrays = [array for part in parts for array in opened(part)] + [kernel]
-    counts = [part.shape[-1] for part in parts] + [*kernel.shape[2:]]
     return (
         all(array.dtype == np.float32 for array in arrays)
-        and all(count % LANES == 0 for count in counts)
+        and has_whole_vectors(parts, kernel)
         and all(isinstance(side, int) and side > 0 for side in x.shape)  # in jax.export it may have symbols
         and (strides == 1 or (len(parts) == 1 and x.shape[1] % strides == x.shape[2] % strides == 0))
         and is_available()
     )
+
+
+def has_whole_vectors(parts: Sequence[Part], kernel: Array) -> bool:
+    """Whether every number of features is a multiple of LANES, as the C++ needs."""
+    return all(count % LANES == 0 for count in (*(part.shape[-1] for part in parts), *kernel.shape[2:]))
 
 
 def parts_of(x: Array | Lazy) -> tuple[Part, ...]:
@@ -61,13 +66,18 @@ def call_library(
 
 
 def _call(
-    name: str, shapes: Sequence[Sequence[int]], parts: Sequence[Part], *others: Array | np.ndarray, **options: Any
+    name: str,
+    shapes: Sequence[Sequence[int]],
+    parts: Sequence[Part],
+    *others: Array | np.ndarray,
+    dtype: DTypeLike = np.float32,
+    **options: Any,
 ) -> Any:
-    results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     return call_library(name, results, parts, *others, **options)
 
 
-def _tile(x: Part, kernel: Array) -> np.int64:
+def tile_side(x: Part, kernel: Array) -> np.int64:
     """m of Winograd's F(m x m, 3x3): 4 if there are enough tiles to outweigh its larger kernels, else 2.
 
     The bound 4 tiles >= sqrt(I O) was measured (LOG.md).
@@ -82,7 +92,10 @@ def to_part(part: Part, to_value: Array) -> Part:
 
 
 def same_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
-    """3x3 convolution of stride 1 of x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O], plus bias [O]."""
+    """3x3 convolution of stride 1 of x [N, H, W, I] with kernel [3, 3, I, O] to [N, H, W, O], plus bias [O].
+
+    x and the result may be bfloat16; kernel and bias are float32.
+    """
     return _same_conv(parts_of(x), kernel, bias)
 
 
@@ -99,15 +112,16 @@ def transposed_conv(x: Array | Lazy, kernel: Array, bias: Array) -> Array:
 @jax.custom_vjp
 def _same_conv(parts: tuple[Part, ...], kernel: Array, bias: Array) -> Array:
     shape = (*parts[0].shape[:3], len(bias))
-    return _call("same_conv", [shape], parts, kernel, bias, m=_tile(parts[0], kernel), turned=False)[0]
+    m = tile_side(parts[0], kernel)
+    return _call("same_conv", [shape], parts, kernel, bias, dtype=parts[0].dtype, m=m, turned=False)[0]
 
 
 def _same_conv_bwd(residuals: tuple[tuple[Part, ...], Array], g: Array) -> tuple[tuple[Part, ...], Array, Array]:
     parts, kernel = residuals
-    m = _tile(g, kernel)
-    to_values = _call("same_conv", [part.shape for part in parts], [g], kernel, NONE, m=m, turned=True)
+    m = tile_side(g, kernel)
+    to_values = _call("same_conv", [part.shape for part in parts], [g], kernel, NONE, dtype=g.dtype, m=m, turned=True)
     to_kernel = _call("same_kernel_gradient", [kernel.shape], parts, g, m=m)[0]
-    return tuple(map(to_part, parts, to_values)), to_kernel, channel_sum(g)
+    return tuple(map(to_part, parts, to_values)), to_kernel, channel_sum(g.astype(np.float32))
 
 
 _same_conv.defvjp(lambda parts, kernel, bias: (_same_conv(parts, kernel, bias), (parts, kernel)), _same_conv_bwd)

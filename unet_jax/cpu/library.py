@@ -36,7 +36,7 @@ def is_available() -> bool:
 
 @functools.cache
 def has_bfloat16() -> bool:
-    """Whether it has the bfloat16 functions too. They need matrix units (AMX), and Linux's permission to use them."""
+    """Whether it has the bfloat16 functions too. They need AVX512-BF16, and for AMX Linux's permission."""
     library = _load() if is_available() else None
     if not library:
         return False
@@ -46,6 +46,13 @@ def has_bfloat16() -> bool:
         return False
     _register(library, BFLOAT16_FUNCTIONS)
     return True
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether the bfloat16 functions use matrix units (AMX)."""
+    library = _load()
+    return library is not None and bool(ctypes.c_bool.in_dll(library, "unet_jax_has_matrix_units"))
 
 
 def _register(library: ctypes.CDLL, names: tuple[str, ...]) -> None:
