@@ -112,6 +112,17 @@ def test_nan_stays(side, reach):
     assert np.isfinite(y[0, reach:]).all()
 
 
+@pytest.mark.parametrize("side", [8, 32])
+def test_a_nan_with_all_its_bits_set_stays(side):
+    bias = np.zeros(32, np.float32)
+    bias[5] = np.uint32(0x7FFFFFFF).view(np.float32)  # a GPU makes such ones; rounding could carry it over to 0
+    params = {"kernel": normal(3, 3, 32, 32), "bias": bias}
+    conv, x = cpu_layers.Conv(32, dtype=HALF), half(normal(1, side, side, 32))
+    y = np.asarray(jax.jit(lambda x: conv.apply({"params": params}, x))(x), np.float32)
+    assert np.isnan(y[..., 5]).all()
+    assert np.isfinite(np.delete(y, 5, -1)).all()
+
+
 def test_what_comes_in_and_what_is_resized_is_rounded_once():
     pictures = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(prepare(pictures, HALF), half(pictures.astype(np.float32) / 255))

@@ -534,7 +534,10 @@ Parts all_parts(ffi::RemainingArgs& args, Flags relu) {
   return parts;
 }
 
-Array after_parts(ffi::RemainingArgs& args, Flags relu, size_t i) { return *args.get<Array>(3 * relu.size() + i); }
+template <typename T = Array>
+T after_parts(ffi::RemainingArgs& args, Flags relu, size_t i) {
+  return *args.get<T>(3 * relu.size() + i);
+}
 
 std::vector<Output> all_outputs(ffi::RemainingRets& rets) {
   std::vector<Output> outputs;
@@ -557,7 +560,7 @@ ffi::Error same_kernel_gradient(ffi::ThreadPool pool, Flags relu, int64_t m, ffi
                                 ffi::RemainingRets rets) {
   auto run = m == 4 ? kernel_gradient<4> : kernel_gradient<2>;
   return checked([&] {
-    run(pool, all_parts(args, relu), pictures(*args.get<ffi::AnyBuffer>(3 * relu.size())),
+    run(pool, all_parts(args, relu), pictures(after_parts<ffi::AnyBuffer>(args, relu, 0)),
         (**rets.get<Array>(0)).typed_data());
   });
 }
