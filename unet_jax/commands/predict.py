@@ -200,8 +200,8 @@ def main(options: Options) -> int:
     for line in bad:
         print(f"left out: {line}", file=sys.stderr)
     print(
-        f"{good} pictures in {seconds:.1f} s: {good / seconds:.1f} a second, {in_network / seconds:.0%}"
-        f" of the time in the network, compiling included; files in {options.out}"
+        f"{good} picture{'' if good == 1 else 's'} in {seconds:.1f} s: {good / seconds:.1f} a second,"
+        f" {in_network / seconds:.0%} of the time in the network, compiling included; files in {options.out}"
     )
     return (1 if good else 2) if bad else 0
 
