@@ -246,7 +246,27 @@ def test_shapes_that_would_broadcast_are_refused(name, labels, weights):
             loss(LOGITS, labels, weights)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_of_2_is_the_example_twice(name):
+    twice = value(
+        name, np.concatenate([LOGITS, LOGITS[:1]]), np.concatenate([LABELS, LABELS[:1]]), np.ones(5, np.float32)
+    )
+    assert value(name, weights=np.float32([2, 1, 1, 1])) == pytest.approx(twice, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_that_are_no_integers_are_refused(name):
+    with pytest.raises(AssertionError, match="type"):
+        LOSSES[name](LOGITS, LABELS + 0.5, ONES)
+
+
 def test_each_class_has_its_weight():
+    weights = np.float32([1, 2, 4])
+    likelihood = np.log(true_class(LOGITS, LABELS, np.ones(SHAPE, bool)))
+    own = weights[LABELS.ravel()]
+    assert LOSSES["cross_entropy"](LOGITS, LABELS, class_weights=weights) == pytest.approx(
+        -(own * likelihood).sum() / own.sum(), rel=1e-5
+    )
     with pytest.raises(AssertionError, match="shape"):
         make_loss("cross_entropy", (1.0, 2.0))(LOGITS, LABELS, ONES)
 

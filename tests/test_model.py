@@ -410,3 +410,9 @@ def test_float64_stays_float64():
         model = UNet("strided_conv", "resize", WIDTHS, dtype=jnp.float64)
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 4, 4, 3))))
         assert jax.eval_shape(model.apply, shapes, np.zeros((1, 4, 4, 3))).dtype == jnp.float64
+
+
+def test_a_method_that_the_network_does_not_have_is_refused():
+    for methods in ({"downsampling": "maxpool"}, {"upsampling": "transpose"}):
+        with pytest.raises(InputError, match=r"is no method of the network: choose from \w+, \w+\n"):
+            UNet(**methods).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))

@@ -18,12 +18,14 @@ from unet_jax.config import default_config, to_dict
 from unet_jax.errors import InputError
 
 
-def make_run(folder: Path, seed: int, losses: list[float], framework: str | None = None, **train) -> Path:
+def make_run(
+    folder: Path, seed: int, losses: list[float], framework: str | None = None, commit: str | None = None, **train
+) -> Path:
     config = default_config("mp_tr_ce", "oxford_iiit_pet")
     config = replace(config, train=replace(config.train, seed=seed, **train))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
-    environment = {"device": "a card", **({"framework": framework} if framework else {})}
+    environment = {"device": "a card", "git_commit": commit, **({"framework": framework} if framework else {})}
     (folder / "environment.json").write_text(json.dumps(environment))
     lines = [
         {
@@ -50,10 +52,25 @@ def test_seeds_make_one_row_and_frameworks_two(tmp_path):
         "test loss": "0.6000 (0.5000 to 0.7000)", "best test loss": "0.5000 (0.4000 to 0.6000)",
         "mean IoU": "0.6000 (0.5000 to 0.7000)", "IoU by class": "pet 0.250, background 0.500",
         "pixel accuracy": "0.7500 (0.7500 to 0.7500)", "s / epoch": "20.0 (20.0 to 20.0)",
-        "images/s": "100 (100 to 100)", "device": "a card",
+        "images/s": "100 (100 to 100)", "device": "a card", "commit": "-",
     }  # fmt: skip
     assert (theirs["framework"], theirs["seeds"], theirs["test loss"]) == ("pytorch", "0", "0.6000")
     assert (other["epochs"], other["other settings"]) == ("1", "weight_decay 0.5")
+
+
+def test_changed_code_and_a_seed_trained_twice_are_rows_of_their_own(tmp_path):
+    commit = "0123456789abcdef"
+    made = [(0, commit), (1, commit), (1, commit), (0, f"{commit}-dirty"), (0, "fedcba9876543210")]
+    runs = [report.read_run(make_run(tmp_path / str(i), seed, [0.5], commit=c)) for i, (seed, c) in enumerate(made)]
+    _, _, *rows = report.table(runs).splitlines()
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    seeds = report.HEAD.index("seeds")
+    assert [(c[seeds], c[-1]) for c in cells] == [
+        ("0 1", "0123456"),
+        ("1", "0123456"),
+        ("0", "0123456-dirty"),
+        ("0", "fedcba9"),
+    ]
 
 
 def test_a_run_with_validation_counts_by_its_summary(tmp_path):

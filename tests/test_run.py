@@ -111,7 +111,7 @@ def test_every_command_by_its_name(home):
     assert environment["command"][:3] == ["unet-jax", "train", "--variant"]
     assert "test loss" in execute(home, "evaluate", "named")
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(home / "photo.png")
-    assert "1 pictures in" in execute(home, "predict", "named", "photo.png", "--out", "masks", "--tta")
+    assert "1 picture in" in execute(home, "predict", "named", "photo.png", "--out", "masks", "--tta")
     assert {p.name for p in (home / "masks").iterdir()} == {"photo_mask.png", "photo_overlay.png"}
     assert "x.png: there is no such file" in execute(home, "predict", "named", "x.png", "--out", "masks", status=2)
     assert "| mp_tr_dice | synthetic | 16 |" in execute(home, "report", "named", "--out", "reported")

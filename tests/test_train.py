@@ -143,6 +143,14 @@ def test_a_non_finite_loss_is_named(placement, steps):
         list(loop.fit(CONFIG, steps, state, *loaders(placement)))
 
 
+def test_a_test_loss_that_is_not_finite_ends_the_run_before_the_epoch_counts(placement, steps):
+    broken = steps._replace(evaluate=lambda state, batch: (jax.numpy.nan, steps.evaluate(state, batch)[1]))
+    results = []
+    with pytest.raises(loop.NonFiniteLossError, match="nan"):
+        results.extend(loop.fit(CONFIG, broken, fresh_state(CONFIG, placement), *loaders(placement)))
+    assert not any(isinstance(result, loop.EpochResult) for result in results)
+
+
 def test_order_of_batches(placement):
     assert sorted(shuffled(100, 0, 1)) == list(range(100))
     assert not np.array_equal(shuffled(100, 0, 1), shuffled(100, 0, 2))
@@ -279,6 +287,8 @@ def test_validation_takes_its_share_of_each_breed():
     assert [len(rows) for rows in validation_rows(names, 0.0, seed=0)] == [len(names), 0]
     with pytest.raises(InputError, match=r"--validation-fraction 0.01 of 3 pictures is none"):
         validation_rows(names[:3], 0.01, seed=0)
+    with pytest.raises(InputError, match=r"--validation-fraction 0.99 of 3 pictures is all"):
+        validation_rows(names[:3], 0.99, seed=1)
 
 
 def test_a_loader_of_some_rows(placement, monkeypatch):

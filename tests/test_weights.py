@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,10 @@ def test_weights_that_do_not_fit_are_refused_in_a_line(folders, tmp_path):
         (folder / "weights.msgpack").write_bytes(bytes_there)
         with pytest.raises(InputError, match=r"weights\.msgpack cannot be used with its config\.json \(.+\)$"):
             load(folder)
+    shutil.copytree(out, tmp_path / "changed")
+    (tmp_path / "changed" / "weights.msgpack").write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
+    with pytest.raises(InputError, match=r"its bytes are not those that model\.json describes"):
+        load(tmp_path / "changed")
     with pytest.raises(SystemExit):
         export([str(run), "--out", str(run), "--format", "weights"])
     assert not (run / "weights.msgpack").exists()

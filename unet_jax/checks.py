@@ -4,8 +4,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import get_args
 
-from unet_jax.config import IGNORE_LABEL, RunConfig, sides
+from unet_jax.config import IGNORE_LABEL, Downsampling, RunConfig, Upsampling, sides
 from unet_jax.errors import InputError
 
 
@@ -18,6 +19,13 @@ def check_size(height: int, width: int, levels: int) -> None:
             f"pictures of {height}x{width} do not fit {levels} levels: height and width must be multiples of"
             f" {multiple}; the nearest size is {nearest[0]}x{nearest[1]}"
         )
+
+
+def check_sampling(downsampling: str, upsampling: str) -> None:
+    """Raises InputError for a method that the network does not have."""
+    for method, known in ((downsampling, get_args(Downsampling)), (upsampling, get_args(Upsampling))):
+        if method not in known:
+            raise InputError(f"{method!r} is no method of the network: choose from {', '.join(known)}")
 
 
 def check_config(config: RunConfig) -> None:

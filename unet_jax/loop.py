@@ -37,7 +37,7 @@ class NonFiniteLossError(Exception):
     """The loss of `step` (counted from 1) in `epoch` was not finite."""
 
     def __init__(self, epoch: int, step: int, loss: float) -> None:
-        """Keeps where it happened."""
+        """Says where it happened."""
         super().__init__(f"the loss is {loss} at step {step} (epoch {epoch})")
 
 
@@ -89,7 +89,7 @@ def fit(
     `losses` are those of the steps that this epoch has taken already.
 
     Raises:
-      NonFiniteLossError: noticed at the latest when the epoch ends, before its EpochResult.
+      NonFiniteLossError: noticed at the latest when the epoch ends, before its EpochResult. `held_out`'s counts, too.
     """
     done, first = divmod(int(state.step), len(train))
     rate = make_schedule(config.train, len(train))
@@ -111,6 +111,7 @@ def fit(
         scores_: dict[str, Any] = {}
         if held_out is not None:
             scores_, _ = evaluate(steps.evaluate, state, held_out, config.data.class_names)
+            _finite(scores_["test_loss"], epoch, len(train))
         if config.data.validation_fraction:
             scores_ = {f"validation_{name.removeprefix('test_')}": value for name, value in scores_.items()}
         counts = np.full(len(known), train.batch_size)

@@ -28,9 +28,10 @@ def pixel_weights(logits: Array, labels: ArrayLike, weights: ArrayLike | None = 
     All are 0 in an example of weight 0. Only the shape of the logits [B, H, W, C] matters.
 
     Raises:
-      AssertionError: the shapes do not belong together.
+      AssertionError: the shapes do not belong together, or the labels are no integers.
     """
     labels = jnp.asarray(labels)
+    chex.assert_type(labels, int)
     chex.assert_rank([logits, labels], [4, 3])
     chex.assert_equal_shape_prefix([logits, labels], 3)
     wide = labels.astype(jnp.int32)  # unsigned ones cannot be compared with every number of classes
@@ -75,7 +76,7 @@ def cross_entropy(
     pixels, as in torch.nn.CrossEntropyLoss(weight=w).
     """
     counts = pixel_weights(logits, labels, weights)
-    if class_weights:
+    if len(class_weights):
         chex.assert_shape(logits, (..., len(class_weights)))
         # Ignored labels are clipped to a class, but their count is 0.
         counts = counts * jnp.take(jnp.asarray(class_weights, counts.dtype), jnp.asarray(labels), mode="clip")
@@ -104,10 +105,10 @@ def soft_dice(logits: Array, labels: ArrayLike, weights: ArrayLike | None = None
     """
     counts = pixel_weights(logits, labels, weights)[..., None]
     truth = jax.nn.one_hot(labels, logits.shape[-1], dtype=counts.dtype) * counts
-    probabilities = jax.nn.softmax(_wide(logits)) * counts
+    probabilities = jax.nn.softmax(_wide(logits))
     axes = (0, 1, 2)
     overlap, present = (probabilities * truth).sum(axes), truth.sum(axes)
-    dice = 2 * overlap / jnp.maximum(probabilities.sum(axes) + present, 1e-6)
+    dice = 2 * overlap / jnp.maximum((probabilities * counts).sum(axes) + present, 1e-6)
     return _mean(1 - dice, (present > 0).astype(counts.dtype))
 
 

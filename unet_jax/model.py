@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from unet_jax import layers as plain_layers
-from unet_jax.checks import check_size
+from unet_jax.checks import check_sampling, check_size
 from unet_jax.config import Downsampling, Upsampling
 
 
@@ -63,7 +63,7 @@ class UNet(nn.Module):
     `train.make_model` chooses the one that is fast on the device.
 
     Raises:
-      InputError: height or width is not a multiple of 2^(levels-1).
+      InputError: height or width is not a multiple of 2^(levels-1), or a method is unknown.
       AssertionError: a picture without the axis of the batch.
     """
 
@@ -79,6 +79,7 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
         chex.assert_rank(images, 4)
+        check_sampling(self.downsampling, self.upsampling)
         check_size(images.shape[1], images.shape[2], len(self.widths))
         block = nn.remat(DoubleConv, static_argnums=(2,)) if self.remat else DoubleConv
         common: dict[str, Any] = {"dtype": self.dtype, "layers": self.layers}

@@ -1,5 +1,7 @@
 """A trained network to share: config.json and weights.msgpack, which are small and hold no optimizer state."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,17 @@ def read(folder: Path, abstract: TrainState) -> TrainState:
     """The inference state in a folder, as float32 again. `abstract` is a state of the same network.
 
     Raises:
-      InputError: the file cannot be read, or belongs to another network than config.json's.
+      InputError: the file cannot be read, is not the one that model.json describes, or belongs to another network than
+        config.json's.
     """
     target: Any = {"step": abstract.step, **variables(abstract)}
     try:
-        content = serialization.msgpack_restore((folder / FILE).read_bytes())
+        data = (folder / FILE).read_bytes()
+        if (folder / "model.json").exists():
+            described = json.loads((folder / "model.json").read_text())["artifact"]["sha256"]
+            if hashlib.sha256(data).hexdigest() != described:
+                raise ValueError("its bytes are not those that model.json describes")
+        content = serialization.msgpack_restore(data)
         arrays = jax.tree.map(_as, content, target)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).split("\n")[0][:150]

@@ -27,6 +27,12 @@ class Run(NamedTuple):
     def framework(self) -> str:
         return self.environment.get("framework", "jax")
 
+    @property
+    def commit(self) -> str:
+        """The first digits of the git commit, and -dirty if the code was changed since; or -."""
+        commit, changed, _ = (self.environment.get("git_commit") or "-").partition("-dirty")
+        return commit[:7] + changed
+
 
 def read_run(folder: Path) -> Run:
     """Reads config.json, environment.json, metrics.jsonl, and summary.json if the run has a validation part.
@@ -57,7 +63,7 @@ def read_run(folder: Path) -> Run:
 
 HEAD = ("variant", "data", "size", "pictures", "epochs", "other settings", "framework", "seeds", "published best loss",
         "test loss", "best test loss", "mean IoU", "IoU by class", "pixel accuracy", "s / epoch", "images/s",
-        "device")  # fmt: skip
+        "device", "commit")  # fmt: skip
 IN_COLUMNS = {f"data.{name}" for name in ("dataset", "image_size", "train_examples", "test_examples")}
 IN_COLUMNS |= {"train.seed", "train.epochs"}
 
@@ -100,23 +106,23 @@ def row(runs: list[Run]) -> str:
         score("pixel_accuracy"),
         spread((statistics.median(r["seconds"] for r in run.records) for run in runs), ".1f"),
         spread((statistics.median(r["images_per_second"] for r in run.records) for run in runs), ".0f"),
-        runs[0].environment["device"],
+        runs[0].environment["device"], runs[0].commit,
     )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |\n"
 
 
 def share_a_row(one: Run, other: Run) -> bool:
-    """Whether two runs differ in nothing that a table would tell, except for their seeds."""
-    made = [(run.framework, run.environment["device"], len(run.records)) for run in (one, other)]
-    changed = differences(one.config, other.config)
-    return made[0] == made[1] and all(text.startswith("train.seed: ") for text in changed)
+    """Whether two runs, of the same code, differ in their seeds and in nothing else that a table would tell."""
+    made = [(run.framework, run.environment["device"], run.commit, len(run.records)) for run in (one, other)]
+    changed = [text.split(": ")[0] for text in differences(one.config, other.config)]
+    return made[0] == made[1] and changed == ["train.seed"]
 
 
 def table(runs: Iterable[Run]) -> str:
     """Markdown: a row for each group of runs that differ only in their seeds, with the published loss beside ours."""
     groups: list[list[Run]] = []
     for run in runs:
-        group = next((group for group in groups if share_a_row(group[0], run)), None)
+        group = next((group for group in groups if all(share_a_row(one, run) for one in group)), None)
         if group:
             group.append(run)
         else:

@@ -49,8 +49,9 @@ def validation_rows(
     groups = np.array([name.rpartition("_")[0] for name in names])
     order = np.lexsort((rng.random(len(names)), groups))
     kept = np.diff(np.floor(np.arange(len(names) + 1) * fraction + rng.random())) > 0
-    if fraction and not kept.any():
-        raise InputError(f"--validation-fraction {fraction} of {len(names)} pictures is none: give more of either")
+    if fraction and (kept.all() or not kept.any()):
+        some = "all" if kept.all() else "none"
+        raise InputError(f"--validation-fraction {fraction} of {len(names)} pictures is {some}: give more pictures")
     return np.sort(order[~kept]), np.sort(order[kept])
 
 
