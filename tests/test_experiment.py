@@ -87,27 +87,67 @@ def test_the_page_on_python_runs_as_written():
     assert np.isfinite(names["loss"])
 
 
+def test_own_network_optimizer_and_loss_train_as_the_page_says(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(small(3), model=ModelConfig(widths=(8, 8)))
+    monkeypatch.setenv("XDG_CACHE_HOME", own_cache(tmp_path))
+    monkeypatch.setattr(unet_jax.config, "default_config", lambda variant, dataset: config)
+    page = (Path(__file__).parent.parent / "docs" / "python.md").read_text()
+    training, changed = (
+        re.search(rf"## {title}\n.*?```python\n(.*?)```", page, re.DOTALL)[1]
+        for title in ("Training", "Change one piece")
+    )
+    names: dict = {}
+    exec(training, names)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    exec(changed, names)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert names["state"].batch_stats == {}
+    assert "GroupNorm_0" in names["state"].params["encoder1"]["norm1"]
+    assert "trace" in str(names["result"].state.opt_state[0])  # of SGD's momentum
+    loss = unet_jax.losses.cross_entropy
+    logits, labels = np.zeros((2, 4, 4, 3), np.float32), np.ones((2, 4, 4), np.uint8)
+    np.testing.assert_allclose(names["focal"](logits, labels), (2 / 3) ** 2 * loss(logits, labels), rtol=1e-6)
+
+
 def test_lists_in_a_config_make_the_same_run_as_tuples(run, capsys):
     run(small(1, class_weights=[1.0, 2.0, 1.0]))
     run(small(1, class_weights=(1.0, 2.0, 1.0)))
     assert "has its 1 epoch already" in capsys.readouterr().out
 
 
-def test_sigterm_ends_it_with_a_checkpoint(run, monkeypatch):
-    step = experiment.Display.step
+def stop_after(step: int, train):
+    """Calls `train`, and sends SIGTERM to its run after this many steps of it."""
+    display = experiment.Display.step
 
-    def stop_at_the_second(self, *args):
-        step(self, *args)
-        if self.clock.ticks == 3:
+    def stop(self, *args):
+        display(self, *args)
+        if self.clock.ticks == step:
             signal.raise_signal(signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment.Display, "step", stop_at_the_second)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment.Display, "step", stop)
         with pytest.raises(SystemExit) as ended:
-            run(small(2), "stopped")
+            train()
     assert ended.value.code == 143
+
+
+def test_sigterm_ends_it_with_a_checkpoint(run):
+    stop_after(3, lambda: run(small(2), "stopped"))
     folder = run(small(2), "stopped")
     chex.assert_trees_all_equal(state_of(folder), state_of(run(small(2))))
+
+
+def test_averaged_weights_are_read_from_the_end_of_an_epoch(run, tmp_path, capsys):
+    config = small(2, ema=0.9)  # two steps an epoch
+    stop_after(1, lambda: run(config, "stopped"))
+    with pytest.raises(InputError, match=r"checkpoint 1 .* no earlier one is there: train on to the end of the epoch"):
+        unet_jax.load(tmp_path / "stopped")
+    stop_after(2, lambda: run(config, "stopped"))
+    state = state_of(tmp_path / "stopped")
+    assert int(state.step) == 2
+    assert "checkpoint 3 in" in capsys.readouterr().err
+    chex.assert_trees_all_equal(state, state_of(run(small(1, ema=0.9), "one")))
+    chex.assert_trees_all_equal(state_of(run(config, "stopped")), state_of(run(config)))
 
 
 def test_patience_ends_a_run_once_and_for_all(run, monkeypatch, capsys):

@@ -198,6 +198,16 @@ def test_batch_norm_of_a_dead_channel_is_its_bias_and_gives_no_gradient():
     assert np.abs(dx[..., 1]).max() > 0.01
 
 
+def test_batch_norm_of_constants_is_its_bias_whatever_the_rounding():
+    # In float32 the mean square of most of these is below the squared mean, by far more than epsilon.
+    x = np.broadcast_to(np.float32([100.1, 777.7, 3333.3, 4097.3]), (1, 2, 3, 4))
+    params = {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}
+    stats = {"mean": np.zeros(4, np.float32), "var": np.zeros(4, np.float32)}
+    y, updated = jax.jit(batch_norms(False)[0], static_argnums=3)(params, stats, x, True)
+    assert updated["batch_stats"]["var"].min() >= 0
+    np.testing.assert_allclose(y, np.zeros_like(x), atol=1)
+
+
 def test_batch_norm_starts_as_the_identity_and_init_moves_nothing():
     variables = jax.jit(lambda x: BatchNorm().init(jax.random.key(0), x, True))(5 + normal(2, 2, 3, 4))
     expected = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from unet_jax.checks import loss_terms
+from unet_jax.checks import LOSS_NAMES, loss_terms
 from unet_jax.config import IGNORE_LABEL
 from unet_jax.errors import InputError
 from unet_jax.losses import LOSSES, make_loss
@@ -161,6 +161,10 @@ def test_bfloat16_logits_are_computed_in_float32(name):
         loss, gradient = value_and_gradient(name)(logits, LABELS, ONES)
     assert (loss.dtype, gradient.dtype) == (jnp.float32, jnp.bfloat16)
     assert float(loss) == pytest.approx(by_numpy(name, logits.astype(np.float32), LABELS), abs=1e-6)
+
+
+def test_every_loss_has_a_name_that_a_config_can_give():
+    assert tuple(LOSSES) == LOSS_NAMES
 
 
 def test_sums_of_losses():

@@ -8,7 +8,7 @@ import pytest
 
 from unet_jax.config import IGNORE_LABEL
 from unet_jax.losses import cross_entropy, log_dice
-from unet_jax.metrics import PictureSums, class_scores, mean_iou, picture_sums, scores, scores_csv
+from unet_jax.metrics import PictureSums, best_epoch, class_scores, mean_iou, picture_sums, scores, scores_csv
 
 NAMES = ("pet", "background", "border")
 RNG = np.random.default_rng(0)
@@ -85,6 +85,16 @@ def test_nothing_that_counts_has_no_scores():
     by_class = {*result.pop("iou").values(), *result.pop("dice").values()}
     assert by_class == {*result.values()} == {None}
     json.dumps(result, allow_nan=False)
+
+
+def test_a_likelihood_of_zero_has_no_log_dice():
+    certain = of_confusion([[0, 2, 0], [0, 0, 0], [0, 0, 0]])
+    result = scores(certain._replace(likelihood=np.zeros(1)), NAMES)
+    assert (result["test_log_dice"], result["mean_iou"]) == (None, 0)
+
+
+def test_of_equal_epochs_the_last_is_the_best():
+    assert best_epoch([{"validation_mean_iou": value} for value in (0.5, 0.7, 0.7, 0.6, None)]) == 2
 
 
 def test_scores_of_many_matrices_at_once():

@@ -136,6 +136,14 @@ def test_published_test_loss_is_the_mean_of_batch_means(placement, steps):
     assert sums.confusion.sum() == test.split.labels.size
 
 
+def test_train_loss_is_weighted_by_pictures(placement, steps):
+    results = list(loop.fit(CONFIG, steps, fresh_state(CONFIG, placement), *loaders(placement)))
+    losses = [float(r.loss) for r in results if isinstance(r, loop.StepResult)][:3]  # of 4, 4 and 2 pictures
+    record = epochs_of(results)[0].record
+    np.testing.assert_allclose(record["train_loss"], np.dot(losses, [0.4, 0.4, 0.2]), rtol=1e-6)
+    assert record["last_batch_loss"] == losses[2]
+
+
 def test_a_non_finite_loss_is_named(placement, steps):
     state = fresh_state(CONFIG, placement)
     state = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))

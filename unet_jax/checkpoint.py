@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from unet_jax.errors import STORAGE, InputError, quiet
 from unet_jax.train import TrainState
 
+MID_EPOCH = "in the middle of an epoch, averaged weights have no batch statistics of their own"
 DISK = [os.strerror(number) for number in STORAGE]
 
 
@@ -94,8 +95,10 @@ def exists(folder: Path) -> bool:
     return folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir())
 
 
-def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Restored:
+def restore(folder: Path, abstract: TrainState, sharding: NamedSharding, whole_epochs: bool = False) -> Restored:
     """The newest readable checkpoint in `folder`, with the shapes and dtypes of `abstract`, placed by `sharding`.
+
+    Only those at the end of an epoch count if `whole_epochs`.
 
     Raises:
       InputError: the folder has no checkpoint, or none that can be read and fits the config.
@@ -114,10 +117,16 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding) -> Rest
                     raise ValueError("its arrays are not those of the config")
                 if restored["progress"].pop("checksum", None) not in (None, _checksum(state)):
                     raise ValueError("its values have changed since it was written")
-                return Restored(state, Progress(**restored["progress"]), skipped)
+                progress = Progress(**restored["progress"])
+                if whole_epochs and progress.losses:
+                    skipped.append(f"checkpoint {step} in {folder} is passed over: {MID_EPOCH}")
+                    continue
+                return Restored(state, progress, skipped)
             except Exception as error:  # a damaged file fails in as many ways as there are layers below
                 reason = str(error).strip().split("\n")[0][:150]
                 skipped.append(f"checkpoint {step} in {folder} cannot be used ({reason})")
+    if MID_EPOCH in skipped[0]:
+        raise InputError(f"{skipped[0]}, and no earlier one is there: train on to the end of the epoch")
     raise InputError(f"{skipped[0]}: it is damaged, or was made with another config")
 
 

@@ -9,6 +9,8 @@ from typing import get_args
 from unet_jax.config import IGNORE_LABEL, Downsampling, RunConfig, Upsampling, sides
 from unet_jax.errors import InputError
 
+LOSS_NAMES = ("cross_entropy", "log_dice", "soft_dice")
+
 
 def check_size(height: int, width: int, levels: int) -> None:
     """Raises InputError unless both sides are positive multiples of 2^(levels-1)."""
@@ -110,11 +112,11 @@ def loss_terms(text: str) -> tuple[tuple[float, str], ...]:
     """
     terms = []
     for term in text.replace(" ", "").split("+"):
-        match = re.fullmatch(r"(?:((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\*)?(cross_entropy|log_dice|soft_dice)", term)
+        match = re.fullmatch(rf"(?:((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\*)?({'|'.join(LOSS_NAMES)})", term)
         weight = float(match[1] or 1) if match else 0.0
         if not match or not 0 < weight < math.inf:
             raise InputError(
-                f"--loss has the term {term!r}: write cross_entropy, log_dice, soft_dice,"
+                f"--loss has the term {term!r}: write {', '.join(LOSS_NAMES)},"
                 " or a sum such as cross_entropy+0.5*soft_dice"
             )
         terms.append((weight, match[2]))

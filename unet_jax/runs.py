@@ -168,6 +168,7 @@ def read_config(folder: Path) -> RunConfig:
 def load(folder: Path, placement: Placement, config: RunConfig | None = None) -> tuple[RunConfig, Restored]:
     """The config of the run in `folder` and its newest sound checkpoint, or its best one where validation chose one.
 
+    With averaged weights, checkpoints within an epoch do not count: their averages have no statistics yet.
     A folder that has only weights gives an inference state (see `train.inference_state`); `pets` is the network that
     comes with the package (see `weights.find`).
 
@@ -179,15 +180,16 @@ def load(folder: Path, placement: Placement, config: RunConfig | None = None) ->
     if (folder / weights.FILE).exists() and not exists(folder / "checkpoints"):
         state = jax.device_put(weights.read(folder, abstract_state(config, placement)), placement.replicated)
         return config, Restored(state, Progress([], []), [])
-    return config, restored(config, folder / ("best" if exists(folder / "best") else "checkpoints"), placement)
+    checkpoints = folder / ("best" if exists(folder / "best") else "checkpoints")
+    return config, restored(config, checkpoints, placement, whole_epochs=config.train.ema > 0)
 
 
-def restored(config: RunConfig, checkpoints: Path, placement: Placement) -> Restored:
+def restored(config: RunConfig, checkpoints: Path, placement: Placement, whole_epochs: bool = False) -> Restored:
     """The newest sound checkpoint in the folder `checkpoints` of a run of this config; InputError if there is none.
 
-    Prints a line for each damaged one that is skipped.
+    Prints a line for each that is skipped: damaged, or not at the end of an epoch if `whole_epochs`.
     """
-    found = restore(checkpoints, abstract_state(config, placement), placement.replicated)
+    found = restore(checkpoints, abstract_state(config, placement), placement.replicated, whole_epochs)
     for line in found.skipped:
         print(line, file=sys.stderr)
     return found

@@ -80,9 +80,9 @@ def init_state(
     with jax.enable_x64(False):  # else initial values would be other ones, in float64
         # jit drops the forward pass. Run eagerly, each operation of that pass would be compiled separately.
         variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, channels), jnp.float32))
-    params = variables["params"]
-    averaged = jax.tree.map(jnp.zeros_like, dict(variables)) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), averaged)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})  # none without batch norm
+    averaged = jax.tree.map(jnp.zeros_like, {"params": params, "batch_stats": batch_stats}) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averaged)
 
 
 def prepare(images: ArrayLike, dtype: DTypeLike) -> Array:
@@ -122,7 +122,7 @@ def train_step(
             rngs={"dropout": key},
             mutable=["batch_stats"],
         )
-        return loss_fn(logits, batch.labels, batch.weights), updated["batch_stats"]
+        return loss_fn(logits, batch.labels, batch.weights), updated.get("batch_stats", {})
 
     (loss, batch_stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -153,7 +153,7 @@ def statistics_step(state: TrainState, batch: Batch, count: ArrayLike, *, model:
         mutable=["batch_stats"],
     )
     own = 1 / (1 - BatchNorm.momentum)  # undoes the momentum: statistics started at 0
-    mean = jax.tree.map(lambda old, new: old + (own * new - old) / (count + 1), before, updated["batch_stats"])
+    mean = jax.tree.map(lambda old, new: old + (own * new - old) / (count + 1), before, updated.get("batch_stats", {}))
     return state._replace(averaged={"params": params, "batch_stats": mean})
 
 
@@ -212,16 +212,18 @@ def make_steps(
     steps_per_epoch: int,
     deterministic: bool = False,
     model: UNet | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    loss_fn: Loss | None = None,
     views: Views = ((),),
 ) -> Steps:
     """Jits the steps of a run: state replicated, batch split over the devices, loss and statistics of the whole batch.
 
-    `steps_per_epoch` is the length of the training loader; schedules and warm-up use it. `model` is `make_model`'s by
-    default. `views` are those of `infer`, for evaluate and predict.
+    `steps_per_epoch` is the length of the training loader; schedules and warm-up use it. `model`, `optimizer` and
+    `loss_fn` are those of the config by default. `views` are those of `infer`, for evaluate and predict.
     """
     model = model or make_model(config.model, len(config.data.class_names), placement)
-    optimizer = make_optimizer(config.train, steps_per_epoch)
-    loss_fn = make_loss(config.train.loss, config.train.class_weights)
+    optimizer = optimizer or make_optimizer(config.train, steps_per_epoch)
+    loss_fn = loss_fn or make_loss(config.train.loss, config.train.class_weights)
     whole, split = placement.replicated, placement.batch
     jit = partial(jax.jit, out_shardings=whole, compiler_options=compiler_options(placement.platform, deterministic))
     step = partial(
