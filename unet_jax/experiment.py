@@ -122,7 +122,8 @@ def train_run(
             raise InputError(f"{folder} was trained on other pictures: choose another --workdir, or --overwrite")
         runs.write_json(folder / "config.json", to_dict(config))
         runs.write_json(folder / "environment.json", runs.environment() | runs.way_to_data(folder, config))
-        print(f"{config.variant} on {config.data.dataset}: {steps_per_epoch} steps an epoch, files in {folder}")
+        per_epoch = f"{steps_per_epoch} step{'s' * (steps_per_epoch > 1)} an epoch"
+        print(f"{config.variant} on {config.data.dataset}: {per_epoch}, files in {folder}")
         steps = make_steps(config, placement, steps_per_epoch, deterministic)
         state, records = train_epochs(config, folder, steps, parts, start, log)
         write_results(config, folder, steps, state, records, parts)

@@ -24,7 +24,7 @@ def wide_dtype(x: Array) -> DTypeLike:
 
 
 def convolution(x: Array, kernel: Array, strides: int = 1) -> Array:
-    """x [N, H, W, I] with kernel [k, k, I, O], zeros around: [N, ceil(H/strides), ceil(W/strides), O]."""
+    """x [N, H, W, I] with kernel [k, k, I, O], zeros around: [N, ceil(H/strides), ceil(W/strides), O] if k is odd."""
     padding = [(kernel.shape[0] // 2,) * 2] * 2
     return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 

@@ -1,4 +1,4 @@
-"""Losses of logits [B, H, W, C] against integer labels [B, H, W]: pure, in float32, weighted.
+"""Losses of logits [B, H, W, C] against integer labels [B, H, W]: pure, in float32 or wider, weighted.
 
 `weights` [B] says how much each example counts (0: padding). Pixels labelled IGNORE_LABEL never count. Any other label
 that is not a class (below 0, or C and above) makes every loss NaN: it is never rewarded, and training stops. Arrays of
