@@ -60,7 +60,7 @@ def test_the_published_variants():
         "strconv_tr_ce": ("strided_conv", "transposed_conv", "cross_entropy", 64, 0.2871),
         "strconv_ups_dice": ("strided_conv", "resize", "log_dice", 32, 0.0642),
     }
-    assert not any(VARIANTS[name].train for name in PUBLISHED)
+    assert {(*VARIANTS[name].train, VARIANTS[name].dropout_rate) for name in PUBLISHED} == {(0.3,)}
 
 
 @pytest.mark.parametrize("dataset", ["auto", "oxford_iiit_pet", "synthetic"])
@@ -70,7 +70,7 @@ def test_the_recipe_of_our_own(dataset):
     assert through_json(config) == config
     assert set(VARIANTS) - set(PUBLISHED) == {"best"}
     assert (config.train.augment, config.train.ema, config.train.schedule) == ("strong", 0.998, "cosine")
-    assert (config.train.batch_size, config.train.warmup_epochs) == (16, 1)
+    assert (config.train.batch_size, config.train.warmup_epochs, config.model.dropout_rate) == (16, 1, 0)
 
 
 def test_values_that_are_not_defaults_survive_json():

@@ -37,6 +37,7 @@ class Variant(NamedTuple):
     loss: str
     batch_size: int
     train: Mapping[str, Any] = MappingProxyType({})  # other fields of TrainConfig
+    dropout_rate: float = 0.3
 
 
 VARIANTS = {
@@ -47,6 +48,7 @@ VARIANTS = {
     "best": Variant(
         "max_pool", "transposed_conv", "cross_entropy+soft_dice", 16,
         train={"epochs": 60, "ema": 0.998, "augment": "strong", "schedule": "cosine", "warmup_epochs": 1},
+        dropout_rate=0.0,
     ),
 }  # fmt: skip
 PUBLISHED = tuple(TEST_LOSSES)  # the variants of the published experiment
@@ -108,7 +110,7 @@ class ModelConfig:
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Features of the encoder's blocks, from full resolution down."""
     dropout_rate: float = 0.3
-    """Dropout in the two deepest encoder blocks."""
+    """Dropout in the two deepest encoder blocks. Default for best: 0."""
     precision: Precision = "auto"
     """What the layers compute in; auto is bfloat16 on a GPU, a TPU and a CPU with AMX or AVX512-BF16, else float32."""
     remat: bool = False
@@ -180,7 +182,7 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(VARIANTS)}, all"
         raise InputError(f"unknown variant {variant!r}: {hint}")
     row = VARIANTS[variant]
-    model = ModelConfig(row.downsampling, row.upsampling)
+    model = ModelConfig(row.downsampling, row.upsampling, dropout_rate=row.dropout_rate)
     train = TrainConfig(row.loss, row.batch_size, **row.train)
     if dataset == "synthetic":
         # Small enough to take minutes on two cores: the command without flags must show learning on any machine.
