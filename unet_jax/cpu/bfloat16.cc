@@ -113,10 +113,12 @@ struct Block {
   // -1 if there is none.
   std::vector<int64_t> outputs(int64_t scale, int64_t odd_row, int64_t odd_column, int64_t out_h, int64_t out_w) const {
     std::vector<int64_t> all(positions(), -1);
-    for (int64_t q = 0; q < positions(); q++) {
-      int64_t row = first + q / width(), i = row % (h + 1), j = q % width();
-      int64_t to_i = scale * i + odd_row, to_j = scale * j + odd_column;
-      if (i < h && j < w && to_i < out_h && to_j < out_w) all[q] = (row / (h + 1) * out_h + to_i) * out_w + to_j;
+    for (int64_t row = first; row < last; row++) {
+      int64_t i = row % (h + 1), to_i = scale * i + odd_row,
+              start = (row / (h + 1) * out_h + to_i) * out_w + odd_column;
+      if (i == h || to_i >= out_h) continue;
+      for (int64_t j = 0; j < w && scale * j + odd_column < out_w; j++)
+        all[(row - first) * width() + j] = start + scale * j;
     }
     return all;
   }

@@ -9,6 +9,10 @@
 
 #include "shared.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 struct Place {
@@ -31,28 +35,32 @@ using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_ali
 Vector& at(float* p) { return *reinterpret_cast<Vector*>(p); }
 const Vector& at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 
-// Numbers that XLA has or gets: float32, or bfloat16 if `half`, which is the upper half of a float32. What is computed
-// is float32.
+// Numbers that XLA has or gets: float32, or bfloat16 if `half`, which only processors with AVX512-BF16 are asked for.
+// What is computed is float32.
 struct Numbers {
   void* p;
   bool half;
 
-  using Halves = std::uint16_t __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
-  using Bits = std::uint32_t __attribute__((vector_size(4 * kLanes)));
-
-  Halves& halves(int64_t i) const { return *reinterpret_cast<Halves*>(static_cast<std::uint16_t*>(p) + i); }
+  std::uint16_t* halves(int64_t i) const { return static_cast<std::uint16_t*>(p) + i; }
   float* floats(int64_t i) const { return static_cast<float*>(p) + i; }
   Vector load(int64_t i) const {
-    return half ? reinterpret_cast<Vector>(__builtin_convertvector(halves(i), Bits) << 16) : at(floats(i));
+#if defined(__AVX512BF16__)  // intrinsics, since GCC 12 makes five instructions of its own conversion of vectors
+    if (half) {
+      __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves(i)));
+      return reinterpret_cast<Vector>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+#endif
+    return at(floats(i));
   }
   void store(int64_t i, Vector v) const {
-    if (!half) {
-      at(floats(i)) = v;
+#if defined(__AVX512BF16__)
+    if (half) {
+      __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves(i)), reinterpret_cast<__m256i>(rounded));
       return;
     }
-    Bits bits = reinterpret_cast<Bits>(v);
-    Bits rounded = bits + 0x7fff + (bits >> 16 & 1);  // ties to even; some NaNs would overflow to 0
-    halves(i) = __builtin_convertvector((v == v ? rounded : bits) >> 16, Halves);
+#endif
+    at(floats(i)) = v;
   }
 };
 
@@ -125,15 +133,17 @@ void strip_product(int64_t rows, Left a, Matrix b, Matrix c, int64_t count, bool
   tiles_of<1, V>(r, rows, a, b, c, count, add);
 }
 
-constexpr int64_t kSummed = 32;  // products to sum before C adds the sum: that rounds less, which Winograd needs
+// Products to sum before C adds the sum. Few of them round less, which Winograd needs in float32; many take less time.
+constexpr int64_t kSummed = 32, kSummedForHalf = 128;
 
 // C [rows, columns] (+)= A [rows, count] B [count, columns], for columns a multiple of kLanes.
-void product(int64_t rows, int64_t columns, Left a, Matrix b, Matrix c, int64_t count, bool add) {
-  for (int64_t k = 0; k < count; k += kSummed, a.p += kSummed * a.column, b.p += kSummed * b.row, add = true) {
+void product(int64_t rows, int64_t columns, Left a, Matrix b, Matrix c, int64_t count, bool add,
+             int64_t summed = kSummed) {
+  for (int64_t k = 0; k < count; k += summed, a.p += summed * a.column, b.p += summed * b.row, add = true) {
     int64_t o = 0;
     auto strips = [&](auto strip, int64_t width) {
       for (; o + width <= columns; o += width)
-        strip(rows, a, Matrix{b.p + o, b.row}, Matrix{c.p + o, c.row}, std::min(kSummed, count - k), add);
+        strip(rows, a, Matrix{b.p + o, b.row}, Matrix{c.p + o, c.row}, std::min(summed, count - k), add);
     };
     strips(strip_product<kStrip>, kStrip * kLanes);
     if (kStrip > 2) strips(strip_product<2>, 2 * kLanes);
@@ -155,8 +165,8 @@ struct Pictures {
   int64_t pixel(int64_t picture, int64_t i, int64_t j) const {
     return i < 0 || i >= h || j < 0 || j >= w ? -1 : ((picture * h + i) * w + j) * c;
   }
-  Vector value(int64_t pixel, int64_t feature) const {
-    if (pixel < 0) return Vector{};
+  Vector value(int64_t pixel, int64_t feature) const { return pixel < 0 ? Vector{} : inner_value(pixel, feature); }
+  Vector inner_value(int64_t pixel, int64_t feature) const {
     Vector v = x.load(pixel + feature);
     if (relu) v = v < 0 ? Vector{} : v;  // NaN stays
     return gain ? fma(v, at(gain + feature), at(shift + feature)) : v;
@@ -268,14 +278,24 @@ struct Form<4> {
 
 using Transform = void(const Vector*, int, Vector*, int);
 
-// to [T, T] = the transform on both axes of from [S, S].
-template <Transform* transform, int S, int T>
-inline __attribute__((always_inline)) void both_axes(const Vector* from, Vector* to) {
+// put(i, j, v) for each v of the transform, on both axes, of the S x S Vectors that value(i, j) gives, to T x T.
+template <Transform* transform, int S, int T, typename Value, typename Put>
+inline __attribute__((always_inline)) void both_axes(const Value& value, const Put& put) {
   Vector half[T * S];
 #pragma GCC unroll 6
-  for (int j = 0; j < S; j++) transform(from + j, S, half + j, S);
+  for (int j = 0; j < S; j++) {
+    Vector column[S];
 #pragma GCC unroll 6
-  for (int i = 0; i < T; i++) transform(half + i * S, 1, to + i * T, 1);
+    for (int i = 0; i < S; i++) column[i] = value(i, j);
+    transform(column, 1, half + j, S);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < T; i++) {
+    Vector row[T];
+    transform(half + i * S, 1, row, 1);
+#pragma GCC unroll 6
+    for (int j = 0; j < T; j++) put(i, j, row[j]);
+  }
 }
 
 // Floats of a plane of rows * columns. The 16 more keep planes from falling into the same sets of a cache.
@@ -291,17 +311,20 @@ struct Tiles {
   template <Transform* transform, int S, int before>
   void gather(const Pictures& x, int64_t t, float* to, int64_t plane) const {
     Place place(t, rows, columns);
-    int64_t pixels[S * S];
-    for (int i = 0; i < S; i++)
-      for (int j = 0; j < S; j++)
-        pixels[i * S + j] = x.pixel(place.picture, M * place.i + i - before, M * place.j + j - before);
-    for (int64_t feature = 0; feature < x.c; feature += kLanes) {
-      Vector values[S * S], all[P];
-#pragma GCC unroll 36
-      for (int p = 0; p < S * S; p++) values[p] = x.value(pixels[p], feature);
-      both_axes<transform, S, N>(values, all);
-#pragma GCC unroll 36
-      for (int p = 0; p < P; p++) at(to + p * plane + feature) = all[p];
+    int64_t top = M * place.i - before, left = M * place.j - before;
+    auto each_feature = [&](auto value) {
+      for (int64_t feature = 0; feature < x.c; feature += kLanes)
+        both_axes<transform, S, N>([&](int i, int j) { return value(i, j, feature); },
+                                   [&](int i, int j, Vector v) { at(to + (i * N + j) * plane + feature) = v; });
+    };
+    if (top >= 0 && left >= 0 && top + S <= x.h && left + S <= x.w) {  // as most tiles, then read without checks
+      int64_t first = x.pixel(place.picture, top, left);
+      each_feature([&](int i, int j, int64_t feature) { return x.inner_value(first + (i * x.w + j) * x.c, feature); });
+    } else {
+      int64_t pixels[S * S];
+      for (int i = 0; i < S; i++)
+        for (int j = 0; j < S; j++) pixels[i * S + j] = x.pixel(place.picture, top + i, left + j);
+      each_feature([&](int i, int j, int64_t feature) { return x.value(pixels[i * S + j], feature); });
     }
   }
 
@@ -315,17 +338,21 @@ struct Tiles {
   // Tile t's outputs from from[p * plane + feature], for the y of so many features.
   void scatter(const float* from, int64_t plane, int64_t t, const float* bias, Numbers y, int64_t features) const {
     Place place(t, rows, columns);
-    int64_t top = M * place.i, left = M * place.j;
-    for (int64_t feature = 0; feature < features; feature += kLanes) {
-      Vector all[P], outputs[M * M];
-#pragma GCC unroll 36
-      for (int p = 0; p < P; p++) all[p] = at(from + p * plane + feature);
-      both_axes<Form<M>::output, N, M>(all, outputs);
-      Vector add = bias ? at(bias + feature) : Vector{};
-      for (int i = 0; i < M && top + i < h; i++)
-        for (int j = 0; j < M && left + j < w; j++)
-          y.store(((place.picture * h + top + i) * w + left + j) * features + feature, outputs[i * M + j] + add);
-    }
+    int64_t top = M * place.i, left = M * place.j, first = ((place.picture * h + top) * w + left) * features;
+    auto each_feature = [&](auto is_there) {
+      for (int64_t feature = 0; feature < features; feature += kLanes) {
+        Vector add = bias ? at(bias + feature) : Vector{};
+        both_axes<Form<M>::output, N, M>([&](int i, int j) { return at(from + (i * N + j) * plane + feature); },
+                                         [&](int i, int j, Vector v) {
+                                           if (is_there(i, j))
+                                             y.store(first + (i * w + j) * features + feature, v + add);
+                                         });
+      }
+    };
+    if (top + M <= h && left + M <= w)
+      each_feature([](int, int) { return true; });
+    else
+      each_feature([&](int i, int j) { return top + i < h && left + j < w; });
   }
 };
 
@@ -333,19 +360,20 @@ struct Tiles {
 // features change places, and the planes are [out, in]: the convolution is then the gradient with respect to the input.
 template <int M>
 void transform_kernel(ffi::ThreadPool& pool, const float* kernel, int64_t in, int64_t out, bool turned, float* to) {
-  constexpr int P = Tiles<M>::P;
+  constexpr int N = Tiles<M>::N;
   int64_t rows = turned ? out : in, columns = turned ? in : out;
   parallel_blocks(pool, rows, 16, [&](int64_t first, int64_t last) {
     for (int64_t c = 0; c < columns; c += kLanes)
       for (int64_t r = first; r < last; r++) {
-        Vector taps[9], all[P];
+        Vector taps[9];
         for (int tap = 0; tap < 9; tap++)
           if (turned)
             for (int lane = 0; lane < kLanes; lane++) taps[8 - tap][lane] = kernel[(tap * in + c + lane) * out + r];
           else
             taps[tap] = at(kernel + (tap * in + r) * out + c);
-        both_axes<Form<M>::kernel, 3, M + 2>(taps, all);
-        for (int p = 0; p < P; p++) at(to + p * plane_of(rows, columns) + r * columns + c) = all[p];
+        both_axes<Form<M>::kernel, 3, N>(
+            [&](int i, int j) { return taps[3 * i + j]; },
+            [&](int i, int j, Vector v) { at(to + (i * N + j) * plane_of(rows, columns) + r * columns + c) = v; });
       }
   });
 }
@@ -360,7 +388,7 @@ template <int M>
 void convolve(ffi::ThreadPool& pool, const Parts& parts, const float* kernel, bool turned, const float* bias,
               const std::vector<Output>& outputs) {
   constexpr int P = Tiles<M>::P;
-  int64_t in = features(parts), out = 0;
+  int64_t in = features(parts), out = 0, summed = parts[0].x.half ? kSummedForHalf : kSummed;
   for (auto& output : outputs) out += output.features;
   Buffer memory;
   int64_t kernel_plane = plane_of(in, out);
@@ -374,7 +402,7 @@ void convolve(ffi::ThreadPool& pool, const Parts& parts, const float* kernel, bo
     for (int64_t t = 0; t < own; t++) tiles.gather_inputs(parts, first + t, inputs + t * in, in_plane);
     for (int p = 0; p < P; p++)
       product(own, out, {inputs + p * in_plane, in, 1}, {kernels + p * kernel_plane, out}, {sums + p * out_plane, out},
-              in, false);
+              in, false, summed);
     for (int64_t t = 0; t < own; t++) {
       int64_t offset = 0;
       for (auto& output : outputs) {
@@ -391,8 +419,9 @@ constexpr int64_t kChunk = 3 << 19;  // floats of gathered inputs that all threa
 
 template <int M>
 void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& g, float* kernel) {
-  constexpr int P = Tiles<M>::P;
+  constexpr int N = Tiles<M>::N, P = N * N;
   int64_t in = features(parts), out = g.c, sum_plane = plane_of(in, out), size = P * sum_plane;
+  int64_t summed = g.x.half ? kSummedForHalf : kSummed;
   Tiles<M> tiles{g.n, g.h, g.w};
   // If a thread's cache holds all sums, each thread sums over a group of tiles by itself, and the groups are added.
   // Else there is one set of sums: all threads work on the same tiles, and each computes a part of the sums.
@@ -417,7 +446,7 @@ void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& 
       });
       run(P, [&](int64_t p) {
         product(in, out, {inputs + p * in_plane, 1, in}, {outputs + p * out_plane, out}, {sums + p * sum_plane, out},
-                some, first > begin);
+                some, first > begin, summed);
       });
     }
   };
@@ -432,14 +461,14 @@ void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& 
   parallel_blocks(pool, in, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       for (int64_t o = 0; o < out; o += kLanes) {
-        Vector all[P], taps[9];
-        for (int p = 0; p < P; p++) {
-          const float* sums = all_sums + p * sum_plane + i * out + o;
-          all[p] = at(sums);
-          for (int64_t group = 1; group < groups; group++) all[p] += at(sums + group * size);
-        }
-        both_axes<Form<M>::kernel_transposed, M + 2, 3>(all, taps);
-        for (int tap = 0; tap < 9; tap++) at(kernel + (tap * in + i) * out + o) = taps[tap];
+        both_axes<Form<M>::kernel_transposed, N, 3>(
+            [&](int row, int column) {
+              const float* sums = all_sums + (row * N + column) * sum_plane + i * out + o;
+              Vector total = at(sums);
+              for (int64_t group = 1; group < groups; group++) total += at(sums + group * size);
+              return total;
+            },
+            [&](int row, int column, Vector v) { at(kernel + ((row * 3 + column) * in + i) * out + o) = v; });
       }
   });
 }
