@@ -134,7 +134,8 @@ void strip_product(int64_t rows, Left a, Matrix b, Matrix c, int64_t count, bool
 }
 
 // Products to sum before C adds the sum. Few of them round less, which Winograd needs in float32; many take less time.
-constexpr int64_t kSummed = 32, kSummedForHalf = 128;
+constexpr int64_t kSummed = 32;
+int64_t summed_for(Numbers x) { return x.half ? 4 * kSummed : kSummed; }
 
 // C [rows, columns] (+)= A [rows, count] B [count, columns], for columns a multiple of kLanes.
 void product(int64_t rows, int64_t columns, Left a, Matrix b, Matrix c, int64_t count, bool add,
@@ -388,7 +389,7 @@ template <int M>
 void convolve(ffi::ThreadPool& pool, const Parts& parts, const float* kernel, bool turned, const float* bias,
               const std::vector<Output>& outputs) {
   constexpr int P = Tiles<M>::P;
-  int64_t in = features(parts), out = 0, summed = parts[0].x.half ? kSummedForHalf : kSummed;
+  int64_t in = features(parts), out = 0;
   for (auto& output : outputs) out += output.features;
   Buffer memory;
   int64_t kernel_plane = plane_of(in, out);
@@ -402,7 +403,7 @@ void convolve(ffi::ThreadPool& pool, const Parts& parts, const float* kernel, bo
     for (int64_t t = 0; t < own; t++) tiles.gather_inputs(parts, first + t, inputs + t * in, in_plane);
     for (int p = 0; p < P; p++)
       product(own, out, {inputs + p * in_plane, in, 1}, {kernels + p * kernel_plane, out}, {sums + p * out_plane, out},
-              in, false, summed);
+              in, false, summed_for(parts[0].x));
     for (int64_t t = 0; t < own; t++) {
       int64_t offset = 0;
       for (auto& output : outputs) {
@@ -421,7 +422,6 @@ template <int M>
 void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& g, float* kernel) {
   constexpr int N = Tiles<M>::N, P = N * N;
   int64_t in = features(parts), out = g.c, sum_plane = plane_of(in, out), size = P * sum_plane;
-  int64_t summed = g.x.half ? kSummedForHalf : kSummed;
   Tiles<M> tiles{g.n, g.h, g.w};
   // If a thread's cache holds all sums, each thread sums over a group of tiles by itself, and the groups are added.
   // Else there is one set of sums: all threads work on the same tiles, and each computes a part of the sums.
@@ -446,7 +446,7 @@ void kernel_gradient(ffi::ThreadPool& pool, const Parts& parts, const Pictures& 
       });
       run(P, [&](int64_t p) {
         product(in, out, {inputs + p * in_plane, 1, in}, {outputs + p * out_plane, out}, {sums + p * sum_plane, out},
-                some, first > begin, summed);
+                some, first > begin, summed_for(g.x));
       });
     }
   };
