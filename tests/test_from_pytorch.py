@@ -159,6 +159,13 @@ def test_another_variant_is_named(down, up):
     assert ("--upsampling transposed_conv" in text) == (up == "transposed_conv")
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_values_that_are_not_finite_are_named(value):
+    state_dict = make_state_dict()
+    state_dict["conv6.bias"] = np.full_like(state_dict["conv6.bias"], value)
+    assert "1 not finite (conv6.bias)" in message(state_dict, make_model())
+
+
 def test_other_widths_and_classes_are_named():
     text = message(make_state_dict(widths=(4, 8), num_classes=2), make_model())
     assert text.endswith("it looks like a network of --widths 4 8, 2 --class-names")

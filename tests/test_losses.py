@@ -226,6 +226,12 @@ def test_a_label_that_is_no_class_makes_the_loss_nan(name, label):
     assert np.isfinite(with_weights(LOGITS, labels, weights))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_minus_one_in_int8_is_no_ignored_label(name):
+    # 255 as int8 is -1: compared in that type, they would be the same.
+    assert np.isnan(make_loss(name)(LOGITS, np.full(LABELS.shape, -1, np.int8), ONES))
+
+
 def test_unsigned_labels_and_more_classes_than_they_can_count():
     logits = np.zeros((1, 1, 2, 300), np.float32)
     assert value("cross_entropy", logits, np.array([[[0, 254]]], np.uint8), ONES[:1]) == pytest.approx(np.log(300))

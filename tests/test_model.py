@@ -86,6 +86,11 @@ def test_a_picture_without_the_axis_of_the_batch_is_refused():
         UNet(widths=(4, 4)).init(jax.random.key(0), jnp.zeros((16, 16, 3)))
 
 
+def test_pictures_of_0_to_255_are_refused():
+    with pytest.raises(InputError, match=r"pictures are uint8: .* divided by 255"):
+        UNet(widths=(4, 4)).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8))
+
+
 # --- parameters: checkpoints load by these names and shapes
 
 COMMON = """

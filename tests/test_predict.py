@@ -215,6 +215,20 @@ def test_a_bare_tta_flag_is_horizontal():
         assert script.with_tta_named(given) == meant
 
 
+def test_a_path_is_read_as_training_reads_it(predictor, tmp_path):
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a phone that is held upright
+    pixels.save(tmp_path / "phone.png", exif=turned)
+    upright = np.asarray(pixels.transpose(Image.Transpose.ROTATE_270))
+    expected = predictor(upright, probabilities=True)
+    path = tmp_path / "phone.png"
+    np.testing.assert_array_equal(predictor(str(path), probabilities=True), expected)
+    np.testing.assert_array_equal(predictor([path, upright], probabilities=True)[0], expected)
+    with pytest.raises(InputError, match=r"nowhere.png: No such file or directory$"):
+        predictor(tmp_path / "nowhere.png")
+
+
 @pytest.mark.parametrize(
     "bad",
     [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8), [np.zeros((8, 8, 4), np.uint8)]],
@@ -229,7 +243,7 @@ def test_bad_arguments(run, tmp_path, predictor):
         predictor(picture(8, 8), "tiles")
     with pytest.raises(InputError, match="unknown tta True: choose from none, horizontal, all"):
         predictor(picture(8, 8), tta=True)
-    for bad in (3, None, Path("x.png")):
+    for bad in (3, None):
         with pytest.raises(InputError, match="is no picture: pictures are uint8 arrays"):
             predictor(bad)
     with pytest.raises(InputError, match="multiple of 128"):

@@ -57,6 +57,17 @@ def test_the_folder_is_small_and_its_network_answers_as_the_run_does(folders):
     assert all(len(np.unique(labels)) > 1 for labels in expected)
 
 
+def test_another_export_into_the_folder_is_refused(folders, capsys):
+    run, out = folders
+    before = load(out)(picture(40, 56, 0))
+    with pytest.raises(SystemExit) as ended:
+        export([str(run), "--out", str(out)])
+    assert ended.value.code == 2
+    assert "holds another export, weights.msgpack: choose another folder" in capsys.readouterr().err
+    export([str(run), "--out", str(out), "--format", "weights"])
+    np.testing.assert_array_equal(load(out)(picture(40, 56, 0)), before)
+
+
 def test_commands_take_the_folder_for_a_run(folders, tmp_path, capsys):
     _, out = folders
     Image.fromarray(picture(40, 56)).save(tmp_path / "photo.png")

@@ -1,16 +1,13 @@
 """U-Nets for image segmentation in JAX. What most people want, in a few lines:
 
-    import numpy as np
-    from PIL import Image
     import unet_jax
     from unet_jax.config import default_config
 
     config = default_config("mp_tr_dice", "synthetic")  # or "oxford_iiit_pet", or "folder" with a data_dir
     folder = unet_jax.run(config, "runs/mp_tr_dice")  # trains; called again, goes on where it was
     predictor = unet_jax.load(folder)
-    picture = np.asarray(Image.open("photo.jpg").convert("RGB"))
-    mask = predictor(picture)  # uint8 [H, W]: the class of each pixel
-    probabilities = predictor(picture, probabilities=True)  # float32 [H, W, classes]
+    mask = predictor("photo.jpg")  # uint8 [H, W]: the class of each pixel; or a picture as uint8 [H, W, 3]
+    probabilities = predictor("photo.jpg", probabilities=True)  # float32 [H, W, classes]
 
     network = unet_jax.UNet(num_classes=3)  # a flax.linen module, for a training loop of your own
     loss = unet_jax.cross_entropy  # or log_dice, soft_dice, make_loss("cross_entropy+soft_dice")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -160,6 +161,7 @@ def export_run(run: Path, out: Path, format: ExportFormat = "jax") -> dict[str, 
         artifact = FORMATS[format](config, jax.device_get(inference_state(restored.state)))
         if artifact.config and checkpoint.exists(out / "checkpoints"):
             raise InputError(f"--out {out} holds a run, whose config.json would be replaced: choose another folder")
+        _refuse_another_export(out, artifact.name)
         out.mkdir(parents=True, exist_ok=True)
         description = describe(artifact.config or config, int(restored.state.step), artifact)
         (out / "model.json").unlink(missing_ok=True)  # it is written last: with it the folder is complete
@@ -173,3 +175,13 @@ def export_run(run: Path, out: Path, format: ExportFormat = "jax") -> dict[str, 
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from None
     return description
+
+
+def _refuse_another_export(out: Path, name: str) -> None:
+    # Its model.json would be replaced by that of `name`, and its artifact be left without one.
+    try:
+        other = json.loads((out / "model.json").read_text())["artifact"]["file"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if other != name:
+        raise InputError(f"--out {out} holds another export, {other}: choose another folder")

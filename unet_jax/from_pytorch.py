@@ -27,7 +27,7 @@ def variables_from_state_dict(state_dict: Mapping[str, np.ndarray], model: UNet)
     unused conv in the last encoder block of the strided models.
 
     Raises:
-      InputError: names are missing or not the model's, or shapes differ from the model's.
+      InputError: names are missing or not the model's, shapes differ from the model's, or a value is NaN or infinite.
     """
     levels = len(model.widths)
     arrays = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): array for name, array in state_dict.items()}
@@ -52,6 +52,7 @@ def variables_from_state_dict(state_dict: Mapping[str, np.ndarray], model: UNet)
             for name, shape in shapes.items()
             if name in arrays and np.shape(arrays[name]) != shape
         ],
+        "not finite": [name for name in shapes if name in arrays and not np.isfinite(arrays[name]).all()],
     }
     if any(faults.values()):
         listed = "; ".join(

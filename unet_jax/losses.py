@@ -34,9 +34,9 @@ def pixel_weights(logits: Array, labels: ArrayLike, weights: ArrayLike | None = 
     chex.assert_type(labels, int)
     chex.assert_rank([logits, labels], [4, 3])
     chex.assert_equal_shape_prefix([logits, labels], 3)
-    wide = labels.astype(jnp.int32)  # unsigned ones cannot be compared with every number of classes
+    wide = labels.astype(jnp.int32)  # in narrower types 255 or the number of classes may be another number
     counts = jnp.where((wide >= 0) & (wide < logits.shape[-1]), 1, jnp.nan).astype(jnp.float32)
-    counts = jnp.where(labels == IGNORE_LABEL, 0, counts)
+    counts = jnp.where(wide == IGNORE_LABEL, 0, counts)
     if weights is None:
         return counts
     weights = jnp.asarray(weights, jnp.float32)
@@ -51,8 +51,8 @@ def log_likelihood(logits: Array, labels: ArrayLike) -> Array:
 
     0 where a label is no class: `pixel_weights` has NaN there.
     """
-    labels = jnp.asarray(labels)
-    classes = jnp.where(labels == IGNORE_LABEL, 0, labels).astype(jnp.int32)
+    labels = jnp.asarray(labels).astype(jnp.int32)
+    classes = jnp.where(labels == IGNORE_LABEL, 0, labels)
     one_hot = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
     # A masked sum rather than a gather: the gradient of a gather is a scatter, which is slow on every device.
     return jnp.where(one_hot, jax.nn.log_softmax(_wide(logits)), 0).sum(-1)

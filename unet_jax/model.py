@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from unet_jax import layers as plain_layers
 from unet_jax.checks import check_sampling, check_size
 from unet_jax.config import Downsampling, Upsampling
+from unet_jax.errors import InputError
 
 
 class DoubleConv(nn.Module):
@@ -63,7 +64,7 @@ class UNet(nn.Module):
     `train.make_model` chooses the one that is fast on the device.
 
     Raises:
-      InputError: height or width is not a multiple of 2^(levels-1), or a method is unknown.
+      InputError: height or width is not a multiple of 2^(levels-1), pictures are integers, or a method is unknown.
       AssertionError: a picture without the axis of the batch.
     """
 
@@ -81,6 +82,8 @@ class UNet(nn.Module):
         chex.assert_rank(images, 4)
         check_sampling(self.downsampling, self.upsampling)
         check_size(images.shape[1], images.shape[2], len(self.widths))
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(f"pictures are {images.dtype}: they must be floats from 0 to 1 (uint8 divided by 255)")
         block = nn.remat(DoubleConv, static_argnums=(2,)) if self.remat else DoubleConv
         common: dict[str, Any] = {"dtype": self.dtype, "layers": self.layers}
         x, skips, levels = images, [], len(self.widths)

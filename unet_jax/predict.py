@@ -15,6 +15,7 @@ from unet_jax import device, runs
 from unet_jax.checkpoint import Restored
 from unet_jax.config import RunConfig, Tta, sides
 from unet_jax.data.cache import resize
+from unet_jax.data.pictures import WHITE, read_picture
 from unet_jax.data.source import Example
 from unet_jax.errors import InputError
 from unet_jax.model import UNet
@@ -27,7 +28,7 @@ FLIPS: dict[str, Views] = {
     "horizontal": ((), (2,)),
     "all": ((), (1,), (2,), (1, 2)),
 }
-Images = np.ndarray | Sequence[np.ndarray]
+Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
 UNIT = 128  # tile mode pads sides to multiples of it: pictures of many sizes make few shapes to compile
 
 
@@ -39,6 +40,8 @@ def probabilities_step(state: TrainState, images: Array, views: Views = ((),), *
 @dataclass(frozen=True)
 class Predictor:
     """A trained network; call it with one picture uint8 [H, W, 3], or with a list of pictures of any sizes.
+
+    A picture may be the path of its file. The file is read as training reads it: upright, transparent parts on white.
 
     Mode "resize" resizes pictures to the training size and probabilities back. "tile" predicts in overlapping windows
     of `tile_size` at the scale of training (config.data.scale), "native" in windows at the pictures' own resolution.
@@ -55,12 +58,13 @@ class Predictor:
         """Labels uint8 [H, W] of a picture, or with `probabilities` float32 [H, W, num_classes]. A list gives a list.
 
         Raises:
-          InputError: another mode or tta, or something that is no picture.
+          InputError: another mode or tta, something that is no picture, or a file that cannot be read.
         """
-        if not isinstance(images, (np.ndarray, Sequence)):
+        if not isinstance(images, (np.ndarray, Sequence, Path)):
             raise InputError(f"{type(images).__name__} is no picture: pictures are uint8 arrays [H, W, 3]")
-        single = isinstance(images, np.ndarray) and images.ndim == 3
-        pictures: list[Any] = [images] if single else list(images)
+        single = isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3)
+        given: Any = [images] if single else images
+        pictures = [self.read(picture) for picture in given]
         for i, picture in enumerate(pictures):
             shape, dtype = np.shape(picture), getattr(picture, "dtype", type(picture).__name__)
             if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
@@ -79,6 +83,12 @@ class Predictor:
                 bands = [grow(answer, *picture.shape[:2]) for answer, picture in zip(small, some, strict=True)]
             answers += [assemble(band, probabilities) for band in bands]
         return answers[0] if single else answers
+
+    def read(self, picture: Any) -> Any:
+        """The picture uint8 [H, W, 3] in a file, by the run's white; anything but a path is returned as it is."""
+        if isinstance(picture, (str, Path)):
+            return read_picture(Path(picture), self.config.data.white or WHITE)
+        return picture
 
     def batch_size(self, height: int, width: int) -> int:
         """How many pictures of this size go through the network at once: what a full-width network has memory for."""

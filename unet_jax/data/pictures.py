@@ -79,7 +79,10 @@ def decode(path: Path) -> Pixels:
     except UnidentifiedImageError:
         reason = "is no picture of a known format" if path.stat().st_size else "is empty"
     except Exception as error:  # damaged files fail in as many ways as there are formats
-        reason = f"{error}".split("\n")[0].replace(str(path), "it")[:150] or type(error).__name__
+        reason = (
+            f"{getattr(error, 'strerror', None) or error}".split("\n")[0].replace(str(path), "it")[:150]
+            or type(error).__name__
+        )
     raise InputError(f"{path}: {reason}")
 
 
