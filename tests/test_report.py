@@ -111,6 +111,37 @@ def test_a_run_without_a_finished_epoch_is_refused_as_such(tmp_path):
         report.read_run(folder)
 
 
+def test_runs_on_other_pictures_are_rows_of_their_own(tmp_path):
+    folders = [make_run(tmp_path / f"run{seed}", seed, [0.5]) for seed in range(4)]
+    for folder, data, names in zip(folders, "XYXX", (["a"], ["a"], ["a"], ["b"]), strict=True):
+        config = json.loads((folder / "config.json").read_text())
+        config["data"] |= {"dataset": "folder", "data_dir": f"pictures/{data}"}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "split.json").write_text(json.dumps({"train": names, "test": ["z"]}))
+    rows = report.table(map(report.read_run, folders)).splitlines()[2:]
+    assert [(row.split(" | ")[1], row.split(" | ")[7]) for row in rows] == [
+        ("folder X", "0 2"),
+        ("folder Y", "1"),
+        ("folder X", "3"),
+    ]
+
+
+def test_what_is_no_finished_run_is_left_out_and_runs_within_a_folder_are_found(tmp_path, capsys):
+    make_run(tmp_path / "runs" / "all" / "one", 0, [0.5])
+    make_run(tmp_path / "runs" / "all" / "two", 1, [0.5])
+    make_run(tmp_path / "runs" / "begun", 0, [])
+    (tmp_path / "runs" / "masks").mkdir()
+    paths = [str(path) for path in sorted((tmp_path / "runs").iterdir())]
+    report.command([*paths, "--out", str(tmp_path)])
+    said = capsys.readouterr()
+    assert "| 0 1 |" in said.out
+    assert [line.partition(str(tmp_path))[0] for line in said.err.splitlines()] == ["left out: "] * 2
+    with pytest.raises(SystemExit) as ended:
+        report.command([str(tmp_path / "runs" / "begun"), "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "begun has no finished epoch" in capsys.readouterr().err
+
+
 def test_ablation_settings_are_flags_of_run_py():
     def config(setting):
         return parse([*ablation.flags(setting), "--dataset", "synthetic"])[0].config

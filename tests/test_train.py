@@ -311,6 +311,19 @@ def test_a_loader_of_some_rows(placement, monkeypatch):
         np.testing.assert_array_equal(next(loader.evaluation()).images, split.images[rows[:4]])
 
 
+def test_what_does_not_count_is_in_no_mean_of_losses(steps, placement):
+    split = random_split(8)
+    split.labels[4:] = 255  # the second batch
+    state = fresh_state(CONFIG, placement)
+    scores = [
+        loop.evaluate(steps.evaluate, state, Loader(split, 4, placement, rows), CONFIG.data.class_names)[0]
+        for rows in (np.arange(8), np.arange(4))
+    ]
+    assert scores[0] == scores[1]
+    with pytest.raises(InputError, match=r"in picture_4, picture_5, picture_6, ... every pixel is ignored \(255\)"):
+        Loader(split, 4, placement, np.arange(4, 8))
+
+
 @pytest.mark.parametrize("variant", PUBLISHED)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_gpu_is_given_plain_convolutions_and_none_of_the_cpus_forms(variant, dtype):

@@ -24,13 +24,16 @@ def evaluate(
 ) -> tuple[dict[str, Any], PictureSums]:
     """The metrics of a split (metrics.scores), and its pictures' sums [N, ...] on the host.
 
-    test_loss is defined as published: the mean of the batches' losses, however short the last batch is.
+    test_loss is defined as published: the mean of the batches' losses, however short the last batch is. Batches in
+    which no pixel counts are left out, since their loss is 0.
     """
     results = [evaluate_step(state, batch) for batch in loader.evaluation()]
     losses, batches = zip(*jax.device_get(results), strict=True)  # the one transfer
     count = len(loader.rows)
     sums = PictureSums(*(np.concatenate(parts)[:count] for parts in zip(*batches, strict=True)))
-    return {"test_loss": float(np.mean(losses)), **scores(sums, class_names)}, sums
+    # A loss of NaN stays: its batch may have no pixel that counts because its labels are no classes.
+    counting = [loss for loss, batch in zip(losses, batches, strict=True) if batch.confusion.any() or np.isnan(loss)]
+    return {"test_loss": float(np.mean(counting)), **scores(sums, class_names)}, sums
 
 
 class NonFiniteLossError(Exception):

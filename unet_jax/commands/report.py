@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -22,10 +23,17 @@ class Run(NamedTuple):
     records: list[dict[str, Any]]
     part: str  # test, or validation where there was no test
     scores: dict[str, Any]  # of that part by name, after the last epoch or the one that validation chose
+    names: frozenset[str]  # of all its pictures; none if an older version made the run
 
     @property
     def framework(self) -> str:
         return self.environment.get("framework", "jax")
+
+    @property
+    def data(self) -> str:
+        """The dataset, with the folder's name if it is one of the user's own."""
+        data = self.config.data
+        return f"folder {Path(data.data_dir).name}" if data.dataset == "folder" and data.data_dir else data.dataset
 
     @property
     def commit(self) -> str:
@@ -41,6 +49,7 @@ def read_run(folder: Path) -> Run:
       InputError: the folder is no run, has no finished epoch, or has a validation part and is not finished.
     """
     from unet_jax.metrics import best_epoch, held_out
+    from unet_jax.runs import read_split
 
     try:
         config, environment = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "environment"))
@@ -58,7 +67,8 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder} has no finished epoch")
     if finished != len(records):
         raise InputError(f"{folder} is no finished run: it has gone on since its summary.json was written")
-    return Run(from_dict(config), environment, records, *held_out(scores))
+    names = frozenset(name for part in read_split(folder).values() for name in part)
+    return Run(from_dict(config), environment, records, *held_out(scores), names)
 
 
 HEAD = ("variant", "data", "size", "pictures", "epochs", "other settings", "framework", "seeds", "published best loss",
@@ -98,7 +108,7 @@ def row(runs: list[Run]) -> str:
         return spread(values) + " (validation)" * (runs[0].part == "validation") if values else "-"
 
     cells = (
-        config.variant, data.dataset, size_text(data.image_size), data.train_examples or "all", len(runs[0].records),
+        config.variant, runs[0].data, size_text(data.image_size), data.train_examples or "all", len(runs[0].records),
         settings(config), runs[0].framework, " ".join(str(run.config.train.seed) for run in runs),
         min(published.values()) if published else "-",
         score("loss"), spread(best) if best else "-", score("mean_iou"),
@@ -112,10 +122,35 @@ def row(runs: list[Run]) -> str:
 
 
 def share_a_row(one: Run, other: Run) -> bool:
-    """Whether two runs, of the same code, differ in their seeds and in nothing else that a table would tell."""
-    made = [(run.framework, run.environment["device"], run.commit, len(run.records)) for run in (one, other)]
+    """Whether two runs, of the same code and pictures, differ in their seeds and in nothing else that a table tells."""
+    made = [
+        (run.framework, run.environment["device"], run.commit, len(run.records), run.data, run.names)
+        for run in (one, other)
+    ]
     changed = [text.split(": ")[0] for text in differences(one.config, other.config)]
     return made[0] == made[1] and changed == ["train.seed"]
+
+
+def finished_runs(paths: Iterable[Path]) -> list[Path]:
+    """The finished runs among these folders, and in those that hold runs. Prints a line on each that is left out.
+
+    Raises:
+      InputError: there is none.
+    """
+    folders, faults = [], []
+    for path in paths:
+        inside = [] if (path / "config.json").exists() else sorted(file.parent for file in path.glob("*/config.json"))
+        for folder in inside or [path]:
+            try:
+                read_run(folder)
+                folders.append(folder)
+            except InputError as error:
+                faults.append(str(error))
+    if not folders:
+        raise InputError(faults[0] if faults else "no run folders are given: name them, such as runs/*")
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    return folders
 
 
 def table(runs: Iterable[Run]) -> str:
@@ -161,7 +196,7 @@ class Options:
     """Which runs, and where to."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders."""
+    """Run folders, or folders of runs."""
     out: Path = Path()
     """Folder for report.md and report.png."""
 
@@ -170,7 +205,5 @@ def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Runs the command with these arguments, by default the arguments of the process."""
     with exit_on_input_error():
         options = tyro.cli(Options, args=argv, prog=prog, description=__doc__)
-        folders = [path for path in options.runs if not path.is_file()]  # runs/* has reports among the runs
-        if not folders:
-            raise InputError("no run folders are given: name them, such as runs/*")
+        folders = finished_runs(path for path in options.runs if not path.is_file())  # runs/* has reports, too
         write_comparison(folders, options.out, "report")

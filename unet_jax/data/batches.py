@@ -8,7 +8,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
+from unet_jax.config import IGNORE_LABEL
 from unet_jax.data.cache import Split
+from unet_jax.data.classes import some
 from unet_jax.device import Placement
 from unet_jax.errors import InputError
 
@@ -77,9 +79,17 @@ class Loader:
     """
 
     def __init__(self, split: Split, batch_size: int, placement: Placement, rows: np.ndarray | None = None) -> None:
-        """Takes only `rows`, if they are given. Moves the split to the device if `placement.fits` says that it may."""
+        """Takes only `rows`, if they are given. Moves the split to the device if `placement.fits` says that it may.
+
+        Raises:
+          InputError: no pixel of the pictures counts. The loss would be 0, the best there is.
+        """
         self.split, self.batch_size, self.placement = split, batch_size, placement
         self.rows = np.arange(len(split.names)) if rows is None else rows
+        if not any((split.labels[row] != IGNORE_LABEL).any() for row in self.rows):
+            raise InputError(
+                f"in {some(self.names)} every pixel is ignored ({IGNORE_LABEL}): choose pictures with labels"
+            )
         self._resident = None
         if placement.fits(split.images.nbytes + split.labels.nbytes):
             self._resident = tuple(_place(a, self.rows, placement.replicated) for a in (split.images, split.labels))
