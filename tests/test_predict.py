@@ -193,9 +193,10 @@ def test_tta_is_the_mean_over_the_picture_and_its_mirror_image(predictor):
     np.testing.assert_allclose(predictor(image, tta="horizontal", probabilities=True), expected, atol=1e-6)
 
 
-def test_evaluate_averages_as_predict_does(run, predictor, tmp_path):
-    evaluate.command([str(run), "--tta", "--examples", "8", "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "evaluation.json").read_text())
+def test_evaluate_averages_as_predict_does(run, predictor, capsys):
+    evaluate.command([str(run), "--tta", "--examples", "8"])
+    assert "synthetic, --tta horizontal\n" in capsys.readouterr().out
+    result = json.loads((run / "evaluation-test-horizontal" / "evaluation.json").read_text())
     assert result["tta"] == "horizontal"
     examples = [*map(synthetic.source("test", 8, SIZE).read, range(8))]
     probabilities = np.stack(predictor([e.image for e in examples], tta="horizontal", probabilities=True))
@@ -368,8 +369,12 @@ def test_command_refuses(run, tmp_path, monkeypatch):
         script.main(script.Options(run, (str(tmp_path / "empty"),), out))
     with pytest.raises(InputError, match="cannot be written"):
         script.main(script.Options(run, (str(tmp_path / "x.png"),), out))
-    with pytest.raises(InputError, match="would be overwritten"):
-        script.main(script.Options(run, (str(tmp_path),), tmp_path))
+    for patterns in (str(tmp_path), str(tmp_path / "x.png")):
+        with pytest.raises(InputError, match="holds the pictures themselves"):
+            script.main(script.Options(run, (patterns,), tmp_path))
+    for size in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(InputError, match=f"--max-megapixels is {size}: it must be above 0"):
+            script.main(script.Options(run, (str(tmp_path / "x.png"),), tmp_path / "out", max_megapixels=size))
     (tmp_path / "bad.png").write_bytes(b"")
     assert script.main(script.Options(run, (str(tmp_path / "bad.png"),), tmp_path / "out")) == 2
 

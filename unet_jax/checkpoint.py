@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding
 from unet_jax.errors import STORAGE, InputError, quiet
 from unet_jax.train import TrainState
 
-MID_EPOCH = "in the middle of an epoch, averaged weights have no batch statistics of their own"
 DISK = [os.strerror(number) for number in STORAGE]
 
 
@@ -29,6 +28,10 @@ class Progress(NamedTuple):
     def steps(self, steps_per_epoch: int) -> int:
         """The number of steps taken so far."""
         return len(self.records) * steps_per_epoch + len(self.losses)
+
+
+class MidEpochError(Exception):
+    """Averaged weights have no batch statistics of their own before the epoch ends."""
 
 
 class Restored(NamedTuple):
@@ -108,6 +111,7 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding, whole_e
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), _fields(abstract))
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
     skipped: list[str] = []
+    within = False
     with _reader(folder) as checkpoints:
         for step in sorted(checkpoints.all_steps(), reverse=True):
             try:
@@ -119,15 +123,14 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding, whole_e
                     raise ValueError("its values have changed since it was written")
                 progress = Progress(**restored["progress"])
                 if whole_epochs and progress.losses:
-                    skipped.append(f"checkpoint {step} in {folder} is passed over: {MID_EPOCH}")
-                    continue
+                    raise MidEpochError("in the middle of an epoch, averaged weights have no batch statistics")
                 return Restored(state, progress, skipped)
             except Exception as error:  # a damaged file fails in as many ways as there are layers below
+                within |= isinstance(error, MidEpochError)
                 reason = str(error).strip().split("\n")[0][:150]
                 skipped.append(f"checkpoint {step} in {folder} cannot be used ({reason})")
-    if MID_EPOCH in skipped[0]:
-        raise InputError(f"{skipped[0]}, and no earlier one is there: train on to the end of the epoch")
-    raise InputError(f"{skipped[0]}: it is damaged, or was made with another config")
+    advice = "train on to the end of the epoch" if within else "it is damaged, or was made with another config"
+    raise InputError(f"{'; '.join(skipped)}: {advice}")
 
 
 @contextmanager

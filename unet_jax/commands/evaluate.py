@@ -42,7 +42,7 @@ class Options:
     """Average the probabilities over a picture and its mirror image (horizontal, which a bare --tta means), or over all
     four flips (all)."""
     out: Path | None = None
-    """Folder for the results. Default: RUN/evaluation-SPLIT."""
+    """Folder for the results. Default: RUN/evaluation-SPLIT, or RUN/evaluation-SPLIT-TTA."""
 
 
 def is_own(options: Options, config: "RunConfig", found: "dict[str, Source]") -> bool:
@@ -150,7 +150,8 @@ def evaluate_run(options: Options) -> None:
     steps = make_steps(config, placement, steps_per_epoch=1, views=FLIPS[options.tta])  # it matters only in training
     loader = Loader(split, batch_size, placement)
     scores, sums = evaluate(steps.evaluate, restored.state, loader, classes)
-    out = options.out or options.run / f"evaluation-{name}"
+    kind = name if options.tta == "none" else f"{name}-{options.tta}"
+    out = options.out or options.run / f"evaluation-{kind}"
     out.mkdir(parents=True, exist_ok=True)
     epoch = len(restored.progress.records)
     about = {"dataset": dataset, "split": name, "pictures": len(split.names), "epoch": epoch, "tta": options.tta}
@@ -164,7 +165,8 @@ def evaluate_run(options: Options) -> None:
     draw_extremes(steps, restored.state, split, by_picture, config.data, out, options.run.name)
     step = int(restored.state.step)
     trained = f"epoch {epoch}" if epoch else f"step {step}" if step else "imported weights"
-    print(f"{options.run}, {trained}, {len(split.names)} {name} pictures of {dataset}\n\n{text}")
+    averaged = "" if options.tta == "none" else f", --tta {options.tta}"
+    print(f"{options.run}, {trained}, {len(split.names)} {name} pictures of {dataset}{averaged}\n\n{text}")
     print(f"{name} loss {scores['test_loss']:.4f}, mean IoU {shown(scores['mean_iou'])}; files in {out}")
 
 

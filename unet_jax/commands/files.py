@@ -62,17 +62,17 @@ def name_outputs(pictures: Sequence[Path]) -> list[str]:
     return list(names.values())
 
 
-def prepare_folder(out: Path, names: Sequence[str], pictures: Sequence[Path]) -> None:
-    """Makes the output folder; raises InputError if it cannot be written, or a picture would be overwritten."""
+def prepare_folder(out: Path, pictures: Sequence[Path]) -> None:
+    """Makes the output folder; raises InputError if it cannot be written, or holds pictures that are segmented."""
+    # The masks would be taken for pictures the next time, and be in the way of training.
+    if out.resolve() in {path.resolve().parent for path in pictures}:
+        raise InputError(f"--out {out} holds the pictures themselves: choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from None
-    ours = {(out / f"{name}_{kind}.png").resolve() for name in names for kind in ("mask", "overlay")}
-    if clash := ours & {path.resolve() for path in pictures}:
-        raise InputError(f"{min(clash)} would be overwritten: choose an --out that does not hold the pictures")
 
 
 def with_tta_named(argv: Sequence[str]) -> list[str]:

@@ -178,6 +178,8 @@ def main(options: Options) -> int:
 
     if options.white is not None and not 0 < options.white < 65536:
         raise InputError(f"--white is {options.white}: it must be from 1 to 65535")
+    if not 0 < options.max_megapixels < 1e6:
+        raise InputError(f"--max-megapixels is {options.max_megapixels}: it must be above 0 and below 1e6")
     pictures_files.MAX_PIXELS = Image.MAX_IMAGE_PIXELS = int(options.max_megapixels * 1e6)
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is reported once, at the end
     run, patterns = run_and_pictures(options)
@@ -185,7 +187,7 @@ def main(options: Options) -> int:
     if not pictures:
         raise InputError("; ".join(bad) or "no pictures are given")
     names = name_outputs(pictures)
-    prepare_folder(options.out, names, pictures)
+    prepare_folder(options.out, pictures)
     device.set_up(default_cache_dir() / "xla")
     predictor = load(run, options.tile_size)
     if options.mode == "tile":
