@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_folder import config, labels, load, save
+from test_folder import COLOURS, as_palette, config, labels, load, save
 from test_run import records
 
 from unet_jax import device, runs
@@ -238,3 +238,77 @@ def test_a_run_without_test(here, capsys):
     with pytest.raises(InputError, match="no pictures in the test split: choose another --split, such as all"):
         evaluate("runs/b")
     assert evaluate("runs/b", split="all")["pictures"] == 8
+
+
+@pytest.fixture
+def squares(here):
+    """Makes a folder of masks, by stem, and its classes.json."""
+
+    def make(folder: str, change, classes: str = "", count: int = 8) -> str:
+        shutil.rmtree(folder, ignore_errors=True)
+        for i in range(count):
+            truth = np.zeros((24, 24), np.uint8)
+            truth[: 4 + i, :9] = 1
+            save(Path(folder), f"{folder}{i}", change(truth), np.full((24, 24, 3), 30 * i, np.uint8))
+        if classes:
+            (Path(folder) / "classes.json").write_text(classes)
+        return folder
+
+    return make
+
+
+SWAPPED = '{"names": ["object", "ground"], "colours": [255, 0]}'
+
+
+def test_a_run_keeps_to_what_its_classes_json_listed(squares, capsys):
+    def binary(truth):
+        return truth * np.uint8(255)
+
+    flags = ("--data-dir", squares("own", binary, SWAPPED), "--workdir", "runs/a", "--test-fraction", 0.5)
+    train(*flags, "--epochs", 1)
+    assert json.loads(Path("runs/a/config.json").read_text())["data"]["mask_values"] == ["255", "0"]
+    capsys.readouterr()
+    with_file = evaluate("runs/a", data_dir=squares("other", binary, SWAPPED))
+    assert "its classes.json lists" not in capsys.readouterr().out
+    without = evaluate("runs/a", data_dir=squares("other", binary))
+    assert with_file["confusion"] == without["confusion"]
+    with pytest.raises(InputError, match=r"values that are none of the 2 classes: 8 \(other0: 1, other1: 1, "):
+        evaluate("runs/a", data_dir=squares("other", lambda truth: truth))
+
+    # Another folder may have other values; a run that goes on may not.
+    capsys.readouterr()
+    turned = SWAPPED.replace("255, 0", "0, 255")
+    inverted = evaluate("runs/a", data_dir=squares("other", lambda truth: binary(1 - truth), turned))
+    assert inverted["confusion"] == with_file["confusion"]
+    assert "other: its classes.json lists 0, 255; the run's, 255, 0" in capsys.readouterr().out
+    Path("own/classes.json").write_text(turned)
+    with pytest.raises(InputError, match=r"data.mask_values: \('255', '0'\) -> \('0', '255'\)"):
+        train(*flags, "--epochs", 2)
+
+    # A run of an older version has kept nothing, and goes on as before.
+    values = json.loads(Path("runs/a/config.json").read_text())
+    del values["data"]["mask_values"], values["data"]["mask_palette"]
+    Path("runs/a/config.json").write_text(json.dumps(values))
+    train(*flags, "--epochs", 2)
+    assert len(records(Path("runs/a"))) == 2
+
+
+def test_a_run_keeps_to_the_colours_of_its_palette(squares):
+    def indexed(*order: int):
+        return lambda truth: as_palette(np.array(order, np.uint8)[truth + 1], COLOURS[[*order]])
+
+    flags = ("--data-dir", squares("own", indexed(0, 1, 2)), "--workdir", "runs/a", "--class-names", "x", "y", "z")
+    train(*flags, "--epochs", 1)
+    own = evaluate("runs/a", data_dir=squares("other", indexed(0, 1, 2)))
+    assert json.loads(Path("runs/a/config.json").read_text())["data"]["mask_palette"] == ["", "#c80000", "#0000ff"]
+    squares("other", indexed(0, 2, 1))
+    with pytest.raises(
+        InputError, match=r"palettes have other colours.*8 \(other0: 2 is #c80000, not #0000ff, "
+    ) as error:
+        evaluate("runs/a", data_dir="other")
+    assert '"colours": [0, 1, 2]' in str(error.value)
+    Path("other/classes.json").write_text(json.dumps({"colours": COLOURS.tolist()}))
+    assert evaluate("runs/a", data_dir="other")["confusion"] == own["confusion"]
+    Path("other/classes.json").write_text('{"colours": [0, 1, 2]}')
+    assert evaluate("runs/a", data_dir="other")["confusion"] != own["confusion"]
+    assert evaluate("runs/a", data_dir=squares("other", lambda truth: truth + 1))["confusion"] == own["confusion"]

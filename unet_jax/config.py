@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import dacite
+import tyro
 
 from unet_jax.errors import InputError
 from unet_jax.published import TEST_LOSSES
@@ -92,6 +93,11 @@ class DataConfig:
     """What 255 means in a folder's masks: the second of two classes, or no class. Default: judged from all masks."""
     white: int | None = 65535
     """The value of white in 16-bit grey pictures. Default for a folder: the largest value of the bits that they use."""
+    mask_values: tyro.conf.Suppress[tuple[str, ...] | None] = None
+    """What each class is in a folder's masks, and then what is ignored: values, or colours as #rrggbb. Found in its
+    classes.json; () where values are labels."""
+    mask_palette: tyro.conf.Suppress[tuple[str, ...] | None] = None
+    """The colour of each class in the palettes of a folder's masks, "" for a class without one. Found in the masks."""
 
     def __post_init__(self) -> None:
         height, width = sides(self.image_size)
@@ -168,7 +174,8 @@ class RunConfig:
 # Runs that differ only in these fields are the same run: folders, settings of predictions, how long to train, and
 # memory traded for time.
 NOT_COMPARED = {"data.data_dir", "data.class_colours", "data.scale", "train.epochs", "train.patience", "model.remat"}
-FOUND = {"data.mask_255", "data.white"}  # in the data; compared only if the older run has them
+# In the data; compared only if the older run has them.
+FOUND = {"data.mask_255", "data.white", "data.mask_values", "data.mask_palette"}
 
 
 def default_config(variant: str, dataset: DatasetName) -> RunConfig:

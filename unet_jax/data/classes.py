@@ -82,23 +82,49 @@ def _code(colour: int | list[int], in_colours: bool) -> int:
     return colour
 
 
+def values_of(table: Table) -> tuple[str, ...]:
+    """What a table lists, as text: values, and colours as #rrggbb."""
+    return tuple(f"{code}" if code < COLOUR else _hex(code) for code, _ in table)
+
+
+def table_of(values: Sequence[str], names: Sequence[str]) -> Table:
+    """The inverse of `values_of`: the values of the classes, and then those that are ignored.
+
+    Raises:
+      InputError: one of them is neither a number nor a colour.
+    """
+    try:
+        codes = [COLOUR + int(value[1:], 16) if value.startswith("#") else int(value) for value in values]
+    except ValueError:
+        raise InputError(f"mask_values are {some(values)}: they must be numbers, or colours as #rrggbb") from None
+    return tuple((code, i if i < len(names) else IGNORE_LABEL) for i, code in enumerate(codes))
+
+
 def in_colours(table: Table) -> bool:
     """Whether masks are read by their colours, and not by their values."""
     return any(code >= COLOUR for code, _ in table)
 
 
-def colours_of(table: Table, palette: Mapping[int, int], values: Iterable[int]) -> tuple[str, ...]:
-    """The colours of the classes as #rrggbb: those listed, else those that the masks' palette has for their values.
-
-    () if the palette lacks a colour, has the same for two classes, or has only greys: figures then use our own.
-    """
-    listed = [code for code, label in table if label != IGNORE_LABEL]
-    if in_colours(table):
-        return tuple(f"#{code - COLOUR:06x}" for code in listed)
-    colours = [palette.get(value, COLOUR) for value in listed or values]
-    if COLOUR in colours or len({*colours}) < len(colours) or all(colour % 0x010101 == 0 for colour in colours):
+def palette_of(values: Iterable[int], palette: Mapping[int, int]) -> tuple[str, ...]:
+    """The colour that a palette has for each value, as #rrggbb, "" where it has none; () if it has greys alone."""
+    colours = [palette.get(value) for value in values]
+    if all(colour is None or colour % 0x010101 == 0 for colour in colours):
         return ()
-    return tuple(f"#{colour:06x}" for colour in colours)
+    return tuple("" if colour is None else _hex(colour) for colour in colours)
+
+
+def colours_of(table: Table, palette: Sequence[str]) -> tuple[str, ...]:
+    """The colours of the classes as #rrggbb: those listed, else those of `palette_of`.
+
+    () if the palette lacks a colour, or has the same for two classes: figures then use our own.
+    """
+    if in_colours(table):
+        return tuple(_hex(code) for code, label in table if label != IGNORE_LABEL)
+    return () if "" in palette or repeated(palette) else tuple(palette)
+
+
+def _hex(code: int) -> str:
+    return f"#{code % COLOUR:06x}"
 
 
 def example(names: Sequence[str], classes: Iterable[int], ignored: Iterable[int] = ()) -> str:

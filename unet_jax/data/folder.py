@@ -25,7 +25,7 @@ pictures of 16 bits are scaled by the bits that all of them together use.
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -45,13 +45,13 @@ READING = 2  # of masks and pictures: after a change every cache is made again
 
 
 class Folder(NamedTuple):
-    """A folder that has been checked, and how it is read."""
+    """A folder that has been checked, and how it is read. palette has the colours of `classes.palette_of`."""
 
     splits: Splits
     table: Table
     reading: Reading
     white: int
-    colours: tuple[str, ...]
+    palette: tuple[str, ...]
 
 
 def fill_in(data: DataConfig, seed: int) -> DataConfig:
@@ -67,9 +67,11 @@ def fill_in(data: DataConfig, seed: int) -> DataConfig:
     return replace(
         data,
         class_names=folder.reading.names,
-        class_colours=data.class_colours or folder.colours,
+        class_colours=data.class_colours or classes.colours_of(folder.table, folder.palette),
         mask_255=folder.reading.meaning,
         white=folder.white,
+        mask_values=classes.values_of(folder.table),
+        mask_palette=folder.palette,
         validation_fraction=kept / (kept + trained) if kept else data.validation_fraction,
     )
 
@@ -116,11 +118,14 @@ _print_once = functools.cache(print)
 def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
     data_dir = Path(data.data_dir or ".")
     layout = layouts.find(data_dir)
-    names, table = classes.read(layout.classes, data.class_names)
+    names, own = classes.read(layout.classes, data.class_names)
+    table = own or classes.table_of(data.mask_values or (), names)
     splits, problems, left_out = split(layout, data.test_fraction, seed)
     seen, brightest, unusable = _inspect(tuple(pair for pairs in splits.values() for pair in pairs), table)
     reading = masks.judge(seen, names, table, data.mask_255)
+    values = _values(table, reading)
     problems |= unusable | reading.problems
+    problems |= {} if own else _other_palette(data.mask_palette or (), values, seen)
     if to_train:
         listed = (layout.lists / LISTS["test"]).exists()
         needed = {"train"} if not listed and (data.test_fraction == 0 or splits["validation"]) else {"train", "test"}
@@ -131,11 +136,42 @@ def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
     white = data.white or (pictures.white_of(brightest) if brightest else pictures.WHITE)
     counts = " + ".join(f"{len(splits[part])} {part}" for part in LISTS if splits[part] or part != "validation")
     read_as = f"read as {layout.name}: {len(reading.names)} classes, {counts} pictures"
+    if data.mask_values is not None and (theirs := classes.values_of(table)) != data.mask_values:
+        left_out.append(
+            f"its classes.json lists {', '.join(theirs)}; the run's, {', '.join(data.mask_values) or 'nothing'}"
+        )
     for line in (read_as, *left_out, *_notes(seen, reading, brightest, white)):
         _print_once(f"{data_dir}: {line}")
     palette = {index: colour for mask in seen.values() for index, colour in mask.palette.items()}
-    values = (0, IGNORE_LABEL) if reading.meaning == "class" else range(len(reading.names))
-    return Folder(splits, table, reading, white, classes.colours_of(table, palette, values))
+    return Folder(splits, table, reading, white, classes.palette_of(values, palette))
+
+
+def _values(table: Table, reading: Reading) -> Sequence[int]:
+    """The value of each class in the masks."""
+    listed = [code for code, label in table if label != IGNORE_LABEL]
+    return listed or ((0, IGNORE_LABEL) if reading.meaning == "class" else range(len(reading.names)))
+
+
+def _other_palette(run: Sequence[str], values: Sequence[int], seen: Mapping[str, Seen]) -> Problems:
+    """Masks in whose palette a class has another colour than the run's masks had: one index, two meanings.
+
+    Greys that are the index itself are no colours.
+    """
+    had = {value: colour for value, colour in zip(values, run, strict=False) if colour}
+    found = [
+        [
+            f"{stem}: {index} is #{colour:06x}, not {had[index]}"
+            for index, colour in mask.palette.items()
+            if index in had and had[index] != f"#{colour:06x}"
+        ]
+        for stem, mask in seen.items()
+        if any(colour != index * 0x010101 for index, colour in mask.palette.items())
+    ]
+    kind = (
+        "masks whose palettes have other colours than those of the run (a classes.json can list the colours of the"
+        f' classes, or if only the indices count: {{"colours": {[*values]}}})'
+    )
+    return {kind: [others[0] for others in found if others]}
 
 
 def _too_little(needed: set[str], splits: Splits, reading: Reading, listed: bool) -> Problems:
