@@ -4,12 +4,14 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_folder import COLOURS, ROTATED, as_palette, config, labels, load, save
 
+from unet_jax.commands import predict as predict_command
 from unet_jax.config import IGNORE_LABEL
 from unet_jax.data.folder import fill_in, sources
 from unet_jax.data.pictures import read_picture
@@ -210,13 +212,13 @@ def test_white_is_of_the_usual_depths(tmp_path, brightest, white):
 
 
 def deep_png(values: np.ndarray) -> bytes:
-    """A PNG of 16 bits a channel, which Pillow does not write: uint16 [H, W, 3]."""
+    """A PNG of 16 bits a channel, which Pillow does not write: uint16 [H, W, 3], or 4 with alpha."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 4 * values.shape[2] - 10, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -229,6 +231,38 @@ def test_colours_of_16_bits_that_use_a_part_of_the_range_are_refused(tmp_path):
     )
     (tmp_path / "images" / "b.png").write_bytes(deep_png(SQUARE[..., None].repeat(3, 2) * np.uint16(65535)))
     np.testing.assert_array_equal(load(tmp_path)[1]["b"].image[..., 0], SQUARE * 255)
+
+
+def test_transparent_parts_do_not_count_as_bright(tmp_path):
+    partial = np.full((*SQUARE.shape, 4), 4095, np.uint16)
+    partial[..., 3] = 65535
+    partial[:4] = (65535, 65535, 65535, 0)
+    for stem in "ab":
+        save(tmp_path, stem, SQUARE)
+        (tmp_path / "images" / f"{stem}.png").write_bytes(deep_png(partial))
+    assert "16-bit colours that use a part of the range (save them with 8 bits): 2 (a, b)" in refusal(tmp_path)
+    partial[10:] = 65535
+    (tmp_path / "images" / "b.png").write_bytes(deep_png(partial))
+    assert sorted(load(tmp_path)[1]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("brightest", [255, 4095, 16383, 16384])
+def test_a_picture_of_16_bit_colours_that_is_predicted_alone_must_use_the_range(tmp_path, brightest):
+    path = tmp_path / "a.png"
+    path.write_bytes(deep_png(np.full((8, 8, 3), brightest, np.uint16)))
+    predictor = SimpleNamespace(config=SimpleNamespace(data=config(tmp_path)))
+    readings = (
+        lambda: read_picture(path),
+        lambda: predict_command.read(path, "a", predict_command.Options(tmp_path, (), tmp_path, "native"), predictor)[
+            1
+        ],
+    )
+    for read in readings:
+        if brightest < 16384:
+            with pytest.raises(InputError, match=r"a.png: has 16-bit colours that use a part of the range: save it"):
+                read()
+        else:
+            assert (read() == 64).all()
 
 
 def test_trimaps_are_told_what_to_write(tmp_path):

@@ -55,11 +55,11 @@ class Options:
 
 def read(path: Path, name: str, options: Options, predictor: "Predictor") -> tuple[str, np.ndarray, np.ndarray | None]:
     """The name, the picture, and in resize mode the picture as the network gets it."""
-    from unet_jax.data.pictures import WHITE, decode, scale, white_of
+    from unet_jax.data.pictures import WHITE, decode_alone, scale, white_of
 
     white = options.white or predictor.config.data.white or WHITE
-    pixels = decode(path)
-    if 0 < 16 * pixels.brightest < white:
+    pixels = decode_alone(path)
+    if not pixels.cut and 0 < 16 * pixels.brightest < white:
         text = f"{path.parent} has 16-bit pictures that are nearly black, if {white} is white as the run has it"
         tell_once(f"{text}: --white {white_of(pixels.brightest)} suits them", file=sys.stderr)
     image = scale(pixels.values, white)

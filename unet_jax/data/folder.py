@@ -109,7 +109,8 @@ def sources(data: DataConfig, seed: int) -> dict[str, Source]:
 
 def _example(pairs: list[Pair], table: Table, meaning: Meaning | None, white: int, i: int) -> Example:
     stem, picture, mask = pairs[i]
-    return Example(stem, pictures.read_picture(picture.path, white), masks.read(mask.path, table, meaning))
+    values = pictures.decode(picture.path).values  # whose 16-bit colours were judged with those of the others
+    return Example(stem, pictures.scale(values, white), masks.read(mask.path, table, meaning))
 
 
 _print_once = functools.cache(print)
@@ -226,7 +227,7 @@ def _inspect(pairs: tuple[Pair, ...], table: Table) -> tuple[dict[str, Seen], in
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         looks = tqdm(pool.map(look, pairs), "checking the folder", len(pairs), unit="pictures", disable=None)
         seen = {pair.stem: seen for pair, seen in zip(pairs, looks, strict=True) if seen}
-    dark = max(cut.values(), default=pictures.WHITE) < 1 << max(pictures.DEPTHS)
+    dark = pictures.uses_a_part(max(cut.values(), default=pictures.WHITE))
     problems = {
         "files that cannot be used": unusable,
         "masks that differ from their picture in size": sizes,

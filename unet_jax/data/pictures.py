@@ -26,25 +26,26 @@ class Pixels(NamedTuple):
     """An upright picture, with what decides how it is scaled.
 
     values is uint8 [H, W, 3], or uint16 [H, W] for 16-bit grey. cut is true for 16-bit colours: Pillow reads only the
-    upper 8 bits.
+    upper 8 bits. brightest is the largest 16-bit value where the picture is not transparent; 0 for a picture of 8 bits.
     """
 
     values: np.ndarray
     cut: bool
+    brightest: int
 
-    @property
-    def brightest(self) -> int:
-        """The largest 16-bit value; 0 for a picture of 8 bits."""
-        return int(self.values.max()) * (257 if self.cut else 1) if self.cut or self.values.ndim == 2 else 0
+
+def uses_a_part(brightest: int) -> bool:
+    """Whether 16-bit colours with this largest value use so few bits that the upper 8 of 16 do not hold the picture."""
+    return brightest < 1 << max(DEPTHS)
 
 
 def read_picture(path: Path, white: int = WHITE) -> np.ndarray:
     """The picture in a file as uint8 [H, W, 3]: upright, transparent parts on white, 16-bit grey by `scale`.
 
     Raises:
-      InputError: it cannot be read whole, is one of several in its file, or is larger than MAX_PIXELS.
+      InputError: as `decode_alone` does.
     """
-    return scale(decode(path).values, white)
+    return scale(decode_alone(path).values, white)
 
 
 def scale(values: np.ndarray, white: int) -> np.ndarray:
@@ -63,8 +64,24 @@ def white_of(brightest: int) -> int:
     return next((2**bits - 1 for bits in DEPTHS if brightest < 2**bits), WHITE)
 
 
+def decode_alone(path: Path) -> Pixels:
+    """`decode` of a picture that is read alone: its own values must show that 16-bit colours are not cut to black.
+
+    Raises:
+      InputError: as `decode` does, or for 16-bit colours that use a part of the range.
+    """
+    pixels = decode(path)
+    if pixels.cut and uses_a_part(pixels.brightest):
+        raise InputError(f"{path}: has 16-bit colours that use a part of the range: save it with 8 bits")
+    return pixels
+
+
 def decode(path: Path) -> Pixels:
-    """The picture in a file, its 16-bit grey not yet scaled; raises as `read_picture` does."""
+    """The picture in a file, its 16-bit grey not yet scaled.
+
+    Raises:
+      InputError: it cannot be read whole, is one of several in its file, or is larger than MAX_PIXELS.
+    """
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -75,7 +92,8 @@ def decode(path: Path) -> Pixels:
             one_of_one(image)
             cut = image.format in ("PNG", "TIFF") and image.mode in COLOUR_MODES and ";16" in str(image.tile)
             image.load()
-            return Pixels(_array(ImageOps.exif_transpose(image)), cut)
+            values = _array(ImageOps.exif_transpose(image))
+            return Pixels(values, cut, _brightest(image) * 257 if cut else int(values.max()) * (values.ndim == 2))
     except UnidentifiedImageError:
         reason = "is no picture of a known format" if path.stat().st_size else "is empty"
     except Exception as error:  # damaged files fail in as many ways as there are formats
@@ -107,6 +125,12 @@ def kinds(paths: Sequence[Path]) -> str:
     """How many files there are of each kind: "3 .heic, 1 folder"."""
     counts = Counter("folder" if p.is_dir() else p.suffix.lower() or "without an ending" for p in paths)
     return ", ".join(f"{count} {kind}{'s' * (kind == 'folder' and count > 1)}" for kind, count in counts.most_common())
+
+
+def _brightest(image: Image.Image) -> int:
+    """The largest value of 8-bit colours, before transparent parts are laid on white."""
+    rgba = np.asarray(image.convert("RGBA"))
+    return int(rgba[..., :3].max(axis=-1, initial=0, where=rgba[..., 3:] > 0).max())
 
 
 def _array(image: Image.Image) -> np.ndarray:
