@@ -149,6 +149,36 @@ def test_greys_of_a_gif_are_values(tmp_path):
     np.testing.assert_array_equal(examples["a"].labels, truth)
 
 
+def test_greys_of_a_palette_are_values(tmp_path):
+    truth = np.where(labels() == 2, 255, labels()).astype(np.uint8)
+    quantized = Image.fromarray(truth).quantize(8)
+    assert not np.array_equal(np.asarray(quantized), truth)
+    save(tmp_path, "a", truth)
+    save(tmp_path, "b", quantized)
+    save(tmp_path, "c", as_palette(labels(2), np.arange(256, dtype=np.uint8).repeat(3)))  # the greys are the indices
+    names, examples = load(tmp_path)
+    assert names == ("class_0", "class_1")
+    np.testing.assert_array_equal(examples["b"].labels, truth)
+    np.testing.assert_array_equal(examples["c"].labels, labels(2))
+
+    # Black and white are 0 and 255; other greys that show indices are refused, with what reads them.
+    for stem in "abc":
+        save(tmp_path, stem, as_palette(SQUARE, np.array([0, 255], np.uint8).repeat(3)))
+    np.testing.assert_array_equal(load(tmp_path)[1]["a"].labels, SQUARE)
+    for stem in "abc":
+        save(tmp_path, stem, as_palette(labels(), np.array([0, 128, 200], np.uint8).repeat(3)))
+    message = refusal(tmp_path)
+    assert "count two or more classes from 0" in message
+    (tmp_path / "classes.json").write_text(message[message.index('{"names"') :])
+    np.testing.assert_array_equal(load(tmp_path)[1]["a"].labels, labels())
+
+
+def test_indices_stay_in_a_palette_that_shows_them_alike(tmp_path):
+    for stem in "ab":
+        save(tmp_path, stem, as_palette(labels(), np.zeros(9, np.uint8)))
+    np.testing.assert_array_equal(load(tmp_path)[1]["a"].labels, labels())
+
+
 def test_shapes_in_alpha_alone_are_refused(tmp_path):
     white = np.full((*SQUARE.shape, 4), 255, np.uint8)
     white[..., 3] = SQUARE * 255

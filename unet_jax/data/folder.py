@@ -15,7 +15,8 @@ or around them, may replace the lists. Pascal VOC's JPEGImages/ and Segmentation
 ImageSets/Segmentation/, and may have labelmap.txt for classes.json. Masks NAME_mask may lie beside the pictures.
 
 Without colours a mask holds indices: grey of 1, 8 or 16 bits, the indices of a palette (with the same colours in all
-masks), or RGB that is all grey. 255 is ignored, but if all masks hold only 0 and 255 it is the second of two classes.
+masks), or RGB that is all grey. A palette of different greys alone is grey, too. 255 is ignored, but if all masks hold
+only 0 and 255 it is the second of two classes.
 With colours in classes.json every mask is read by its colours, whether it is stored as RGB, with a palette or as grey.
 If all of these are numbers, it is read by its values: {"colours": [1, 2, 3], "ignore": [0]}. "ignore" is no class.
 
@@ -41,7 +42,7 @@ from unet_jax.data.pairs import LISTS, Pair, Problems, Splits, split
 from unet_jax.data.source import Example, Source
 from unet_jax.errors import InputError
 
-READING = 2  # of masks and pictures: after a change every cache is made again
+READING = 3  # of masks and pictures: after a change every cache is made again
 
 
 class Folder(NamedTuple):

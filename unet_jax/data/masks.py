@@ -76,16 +76,20 @@ def _open(path: Path) -> Image.Image:
             if image.mode == "F":
                 raise InputError("has floating-point values: save it with 8 or 16 bits")
             upright = ImageOps.exif_transpose(image)  # a tool may have kept the orientation in either file
-            # A GIF holds greys only in a palette, and Pillow renumbers them when it saves them.
-            return upright.convert("L") if image.format == "GIF" and _has_greys_alone(image) else upright
+            return _with_greys_as_values(upright)
     except UnidentifiedImageError:
         raise InputError(f"{path}: is no PNG (nor a GIF, TIFF or BMP)") from None
     except Exception as error:  # damaged files fail in many ways
         raise InputError(f"{path}: {error}".partition("\n")[0]) from None
 
 
-def _has_greys_alone(image: Image.Image) -> bool:
-    return image.mode == "P" and not np.ptp(np.array(image.getpalette("RGB")).reshape(-1, 3), axis=1).any()
+def _with_greys_as_values(image: Image.Image) -> Image.Image:
+    """Grey in place of a palette that has different greys alone: tools renumber values when they save greys so."""
+    if image.mode != "P" or np.ptp(np.array(image.getpalette("RGB")).reshape(-1, 3), axis=1).any():
+        return image
+    grey = image.convert("L")
+    used, shown = (np.count_nonzero(each.histogram()) for each in (image, grey))
+    return grey if used == shown else image  # indices that look the same still differ
 
 
 def _values(image: Image.Image, path: Path, colours: bool) -> np.ndarray:
