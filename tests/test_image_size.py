@@ -39,7 +39,7 @@ def test_a_run_goes_on_at_its_own_size_alone(home):
 def test_evaluation_and_report(home):
     execute(home, "evaluate", "run")
     assert json.loads((home / "run" / "evaluation-test" / "evaluation.json").read_text())["pictures"] == 2
-    assert "| strconv_ups_dice | folder | 16x32 |" in execute(home, "report", "run", "--out", "reported")
+    assert "| strconv_ups_dice | folder data | 16x32 |" in execute(home, "report", "run", "--out", "reported")
 
 
 def test_predictions_and_export(home):

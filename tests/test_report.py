@@ -112,17 +112,23 @@ def test_a_run_without_a_finished_epoch_is_refused_as_such(tmp_path):
 
 
 def test_runs_on_other_pictures_are_rows_of_their_own(tmp_path):
-    folders = [make_run(tmp_path / f"run{seed}", seed, [0.5]) for seed in range(4)]
-    for folder, data, names in zip(folders, "XYXX", (["a"], ["a"], ["a"], ["b"]), strict=True):
+    folders = [make_run(tmp_path / f"run{seed}", seed, [0.5]) for seed in range(6)]
+    given = [("pictures/X", "a"), ("pictures/Y", "a"), ("pictures/X", "a"), ("pictures/X", "b"), ("other/X", "a")]
+    given += [("X", "a")]  # that of the first, by the way from the run's folder
+    for folder, (data, names) in zip(folders, given, strict=True):
         config = json.loads((folder / "config.json").read_text())
-        config["data"] |= {"dataset": "folder", "data_dir": f"pictures/{data}"}
+        config["data"] |= {"dataset": "folder", "data_dir": str(tmp_path / data) if "/" in data else data}
         (folder / "config.json").write_text(json.dumps(config))
+        if "/" not in data:
+            environment = json.loads((folder / "environment.json").read_text())
+            (folder / "environment.json").write_text(json.dumps({**environment, "data_dir": "../pictures/X"}))
         (folder / "split.json").write_text(json.dumps({"train": names, "test": ["z"]}))
     rows = report.table(map(report.read_run, folders)).splitlines()[2:]
     assert [(row.split(" | ")[1], row.split(" | ")[7]) for row in rows] == [
-        ("folder X", "0 2"),
+        ("folder X", "0 2 5"),
         ("folder Y", "1"),
         ("folder X", "3"),
+        ("folder X", "4"),
     ]
 
 
@@ -131,11 +137,13 @@ def test_what_is_no_finished_run_is_left_out_and_runs_within_a_folder_are_found(
     make_run(tmp_path / "runs" / "all" / "two", 1, [0.5])
     make_run(tmp_path / "runs" / "begun", 0, [])
     (tmp_path / "runs" / "masks").mkdir()
+    older = make_run(tmp_path / "runs" / "older", 0, [0.5])
+    (older / "config.json").write_text("[]")
     paths = [str(path) for path in sorted((tmp_path / "runs").iterdir())]
     report.command([*paths, "--out", str(tmp_path)])
     said = capsys.readouterr()
     assert "| 0 1 |" in said.out
-    assert [line.partition(str(tmp_path))[0] for line in said.err.splitlines()] == ["left out: "] * 2
+    assert [line.partition(str(tmp_path))[0] for line in said.err.splitlines()] == ["left out: "] * 3
     with pytest.raises(SystemExit) as ended:
         report.command([str(tmp_path / "runs" / "begun"), "--out", str(tmp_path)])
     assert ended.value.code == 2

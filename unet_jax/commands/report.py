@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from unet_jax.config import VARIANTS, RunConfig, default_config, differences, from_dict, size_text
+from unet_jax.config import VARIANTS, RunConfig, default_config, differences, size_text
 from unet_jax.errors import InputError, exit_on_input_error
 from unet_jax.published import TEST_LOSSES
 
@@ -24,6 +25,7 @@ class Run(NamedTuple):
     part: str  # test, or validation where there was no test
     scores: dict[str, Any]  # of that part by name, after the last epoch or the one that validation chose
     names: frozenset[str]  # of all its pictures; none if an older version made the run
+    pictures: str | None  # the real path of the user's own folder of pictures, which may be gone by now
 
     @property
     def framework(self) -> str:
@@ -32,8 +34,7 @@ class Run(NamedTuple):
     @property
     def data(self) -> str:
         """The dataset, with the folder's name if it is one of the user's own."""
-        data = self.config.data
-        return f"folder {Path(data.data_dir).name}" if data.dataset == "folder" and data.data_dir else data.dataset
+        return f"folder {Path(self.pictures).name}" if self.pictures else self.config.data.dataset
 
     @property
     def commit(self) -> str:
@@ -49,10 +50,11 @@ def read_run(folder: Path) -> Run:
       InputError: the folder is no run, has no finished epoch, or has a validation part and is not finished.
     """
     from unet_jax.metrics import best_epoch, held_out
-    from unet_jax.runs import read_split
+    from unet_jax.runs import read_config, read_split
 
+    config = read_config(folder)
     try:
-        config, environment = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "environment"))
+        environment = json.loads((folder / "environment.json").read_text())
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         scores, finished = records[-1] if records else {}, len(records)
         if "validation_loss" in scores:
@@ -68,7 +70,10 @@ def read_run(folder: Path) -> Run:
     if finished != len(records):
         raise InputError(f"{folder} is no finished run: it has gone on since its summary.json was written")
     names = frozenset(name for part in read_split(folder).values() for name in part)
-    return Run(from_dict(config), environment, records, *held_out(scores), names)
+    data, pictures = config.data, None
+    if data.dataset == "folder" and data.data_dir:  # environment.json has the way to a relative one
+        pictures = os.path.realpath(folder.resolve() / environment.get("data_dir", Path(data.data_dir).absolute()))
+    return Run(config, environment, records, *held_out(scores), names, pictures)
 
 
 HEAD = ("variant", "data", "size", "pictures", "epochs", "other settings", "framework", "seeds", "published best loss",
@@ -124,7 +129,7 @@ def row(runs: list[Run]) -> str:
 def share_a_row(one: Run, other: Run) -> bool:
     """Whether two runs, of the same code and pictures, differ in their seeds and in nothing else that a table tells."""
     made = [
-        (run.framework, run.environment["device"], run.commit, len(run.records), run.data, run.names)
+        (run.framework, run.environment["device"], run.commit, len(run.records), run.pictures, run.names)
         for run in (one, other)
     ]
     changed = [text.split(": ")[0] for text in differences(one.config, other.config)]
