@@ -135,6 +135,7 @@ def test_an_unknown_variant_is_refused_with_what_is_near(variant, hint):
         ("train", "clip_norm", math.inf, "--clip-norm is inf: it must be finite and not negative"),
         ("train", "patience", -1, "--patience is -1: it must be finite and not negative"),
         ("train", "warmup_epochs", -1, "--warmup-epochs is -1: it must be finite and not negative"),
+        ("train", "warmup_epochs", 25, "--warmup-epochs is 25: it must be below --epochs 25"),
     ],
 )
 def test_values_that_no_run_can_have_are_refused(part, field, value, message):

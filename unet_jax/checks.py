@@ -53,7 +53,7 @@ def check_config(config: RunConfig) -> None:
     for name in ("patience", "warmup_epochs", "weight_decay", "clip_norm"):
         if not 0 <= (amount := getattr(train, name)) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {amount}: it must be finite and not negative")
-    if train.schedule == "cosine" and train.warmup_epochs >= train.epochs:
+    if train.warmup_epochs and train.warmup_epochs >= train.epochs:  # it would never train at the full rate
         raise InputError(f"--warmup-epochs is {train.warmup_epochs}: it must be below --epochs {train.epochs}")
     if not 0 <= train.seed < 2**32:  # JAX takes only the last 32 bits of a larger one
         raise InputError(f"--seed is {train.seed}: it must be from 0 to {2**32 - 1}")
