@@ -3,7 +3,9 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 
 from unet_jax.checks import check_config, check_size
@@ -163,7 +165,15 @@ def test_a_square_is_one_number_in_all_configs():
     assert (size_text(240), size_text((352, 480))) == ("240", "352x480")
     other = replace(CONFIG, data=replace(CONFIG.data, image_size=(352, 480)))
     assert differences(CONFIG, other) == ["data.image_size: 240 -> (352, 480)"]
-    assert "can not match" in refusal(read, [1, 2, 3])
+    assert DataConfig(image_size=np.int64(240)) == DataConfig(image_size=(np.int32(240), 240)) == DataConfig()
+    json.dumps(to_dict(RunConfig(data=DataConfig(image_size=(np.int32(352), 480)))))
+
+
+@pytest.mark.parametrize("size", [(32, 32, 32), (), 32.0, (32, 32.0), "32", None])
+def test_an_image_size_that_is_none_is_refused_when_it_is_given(size):
+    message = f"image_size is {size!r}: give a whole number, or two, height and width"
+    assert refusal(partial(DataConfig, image_size=size)) == message
+    assert "image_size" in refusal(from_dict, {"format_version": 1, "data": {"image_size": size}})
 
 
 def test_differences():

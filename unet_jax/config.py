@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -100,9 +101,13 @@ class DataConfig:
     """The colour of each class in the palettes of a folder's masks, "" for a class without one. Found in the masks."""
 
     def __post_init__(self) -> None:
-        height, width = sides(self.image_size)
-        if height == width:  # one way to write a square: that of older configs
-            object.__setattr__(self, "image_size", height)
+        size = self.image_size
+        try:
+            height, width = map(operator.index, size if isinstance(size, (tuple, list)) else (size, size))
+        except (TypeError, ValueError):
+            raise InputError(f"image_size is {size!r}: give a whole number, or two, height and width") from None
+        # One way to write a square, that of older configs; NumPy's integers become Python's.
+        object.__setattr__(self, "image_size", height if height == width else (height, width))
 
 
 @dataclass(frozen=True)
