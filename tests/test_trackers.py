@@ -59,6 +59,14 @@ def test_any_function_of_a_record_is_a_tracker(run):  # noqa: F811
     assert [json.dumps(record) for record in seen] == (folder / "metrics.jsonl").read_text().splitlines()
 
 
+def test_a_tracker_may_be_named_and_what_is_none_is_refused_before_training(run, tmp_path):  # noqa: F811
+    for wrong in ("wandb", 3):
+        with pytest.raises(InputError, match=f'^log is {wrong!r}: give "tensorboard", or a function'):
+            run(small(1), log=wrong)
+    assert not (tmp_path / "run").exists()
+    assert_events_are_the_records(run(small(1), log="tensorboard"))
+
+
 def test_scalars_of_a_record():
     record = {"epoch": 3, "train_loss": 0.5, "mean_iou": None, "iou": {"a": 0.25, "b\udcff": None, "c\udcff": 1.0}}
     assert trackers.scalars(record) == {"train_loss": 0.5, "iou/a": 0.25, "iou/c?": 1.0}

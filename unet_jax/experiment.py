@@ -7,11 +7,11 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from unet_jax import checkpoint, device, processes, runs
+from unet_jax import checkpoint, device, processes, runs, trackers
 from unet_jax.checkpoint import Restored
 from unet_jax.checks import check_config, check_patience
 from unet_jax.config import RunConfig, from_dict, to_dict
@@ -40,7 +40,7 @@ def run(
     cache_dir: str | Path | None = None,
     compilation_cache: bool = True,
     deterministic: bool = False,
-    log: Tracker | None = None,
+    log: Tracker | Literal["tensorboard"] | None = None,
 ) -> Path:
     """Makes the run of a config, or the rest of it, in a folder. Returns the folder, for `unet_jax.load`.
 
@@ -59,12 +59,14 @@ def run(
       compilation_cache: keeps compiled programs in ~/.cache/unet_jax/xla.
       deterministic: has a GPU add in a fixed order.
       log: is called with each epoch's record (a dictionary, the line of metrics.jsonl) once results.png is drawn, for
-        example `trackers.tensorboard(workdir)`. An epoch that is repeated after a kill is logged again.
+        example `wandb.log`; "tensorboard" is `trackers.tensorboard(workdir)`. An epoch that is repeated after a kill is
+        logged again.
 
     Raises:
-      InputError: the config, the pictures or the folder cannot be used, or the loss became infinite or NaN.
+      InputError: the config, the pictures, the folder or `log` cannot be used, or the loss became infinite or NaN.
     """
     folder, config = Path(workdir), from_dict(to_dict(config))  # a list becomes the tuple that config.json is read as
+    tracker = trackers.chosen(log, folder)
     dataset, notice = resolve(config.data.dataset, config.data.data_dir, download)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset))
     check_config(config)
@@ -81,7 +83,7 @@ def run(
         overwrite=overwrite,
         cache_dir=cache_dir,
         deterministic=deterministic,
-        log=log,
+        log=tracker,
     )
     return folder
 

@@ -13,6 +13,19 @@ from unet_jax.errors import InputError
 Tracker = Callable[[Mapping[str, Any]], object]  # takes a line of metrics.jsonl; what it returns is ignored
 
 
+def chosen(log: Tracker | str | None, folder: str | Path) -> Tracker | None:
+    """The tracker that `log` is, or that it names: "tensorboard", for the run in `folder`.
+
+    Raises:
+      InputError: it is neither, or what it needs is not installed.
+    """
+    if log is None or callable(log):
+        return log
+    if log != "tensorboard":
+        raise InputError(f'log is {log!r}: give "tensorboard", or a function that takes a record')
+    return tensorboard(folder)
+
+
 def tensorboard(folder: str | Path) -> Tracker:
     """A tracker for TensorBoard: losses and scores over epochs, and results.png, in the run's folder/tensorboard.
 

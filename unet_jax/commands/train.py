@@ -109,7 +109,7 @@ def train_run(options: Options, placement: "Placement") -> None:
         overwrite=options.overwrite,
         cache_dir=options.cache_dir,
         deterministic=options.deterministic,
-        log=trackers.tensorboard(folder) if options.log else None,
+        log=trackers.chosen(options.log, folder),
     )
 
 
