@@ -195,7 +195,9 @@ def test_tta_is_the_mean_over_the_picture_and_its_mirror_image(predictor):
 
 def test_evaluate_averages_as_predict_does(run, predictor, capsys):
     evaluate.command([str(run), "--tta", "--examples", "8"])
-    assert "synthetic, --tta horizontal\n" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "synthetic, --tta horizontal\n" in output
+    assert ", --tta horizontal; files in " in output.splitlines()[-1]
     result = json.loads((run / "evaluation-test-horizontal" / "evaluation.json").read_text())
     assert result["tta"] == "horizontal"
     examples = [*map(synthetic.source("test", 8, SIZE).read, range(8))]
@@ -372,6 +374,11 @@ def test_command_refuses(run, tmp_path, monkeypatch):
     for patterns in (str(tmp_path), str(tmp_path / "x.png")):
         with pytest.raises(InputError, match="holds the pictures themselves"):
             script.main(script.Options(run, (patterns,), tmp_path))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "y.png").symlink_to(tmp_path / "x.png")
+    for held in (tmp_path / "links", tmp_path):
+        with pytest.raises(InputError, match="holds the pictures themselves"):
+            script.main(script.Options(run, (str(tmp_path / "links"),), held))
     for size in (float("inf"), float("nan"), -1.0):
         with pytest.raises(InputError, match=f"--max-megapixels is {size}: it must be above 0"):
             script.main(script.Options(run, (str(tmp_path / "x.png"),), tmp_path / "out", max_megapixels=size))

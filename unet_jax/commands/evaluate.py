@@ -167,7 +167,7 @@ def evaluate_run(options: Options) -> None:
     trained = f"epoch {epoch}" if epoch else f"step {step}" if step else "imported weights"
     averaged = "" if options.tta == "none" else f", --tta {options.tta}"
     print(f"{options.run}, {trained}, {len(split.names)} {name} pictures of {dataset}{averaged}\n\n{text}")
-    print(f"{name} loss {scores['test_loss']:.4f}, mean IoU {shown(scores['mean_iou'])}; files in {out}")
+    print(f"{name} loss {scores['test_loss']:.4f}, mean IoU {shown(scores['mean_iou'])}{averaged}; files in {out}")
 
 
 def tables(scores: dict[str, Any], confusion: np.ndarray, names: tuple[str, ...]) -> str:

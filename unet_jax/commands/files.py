@@ -65,7 +65,8 @@ def name_outputs(pictures: Sequence[Path]) -> list[str]:
 def prepare_folder(out: Path, pictures: Sequence[Path]) -> None:
     """Makes the output folder; raises InputError if it cannot be written, or holds pictures that are segmented."""
     # The masks would be taken for pictures the next time, and be in the way of training.
-    if out.resolve() in {path.resolve().parent for path in pictures}:
+    # A picture may be a link: it is both where the link is and where it leads.
+    if out.resolve() in {holder for path in pictures for holder in (path.parent.resolve(), path.resolve().parent)}:
         raise InputError(f"--out {out} holds the pictures themselves: choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
