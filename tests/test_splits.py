@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,32 @@ def test_lists_may_name_files(tmp_path):
     write_lists(fill(tmp_path), train="p0.png images/p1.png", test="p2")
     found = split_of(tmp_path)
     assert (found["train"], found["test"]) == (["p0", "p1"], ["p2"])
+
+
+def test_names_match_in_whichever_form_their_accents_are_written(tmp_path):
+    fill(tmp_path, 3)
+    for i in range(3):
+        apart, whole = (unicodedata.normalize(form, f"caf\u00e9{i}") for form in ("NFD", "NFC"))
+        assert apart != whole
+        (tmp_path / "images" / f"p{i}.png").rename(tmp_path / "images" / f"{whole if i else apart}.png")
+        (tmp_path / "masks" / f"p{i}.png").rename(
+            tmp_path / "masks" / f"{apart if i else whole}{'_mask' * (i > 1)}.png"
+        )
+    (tmp_path / "test.txt").write_text(unicodedata.normalize("NFD", "caf\u00e92.png"), "utf-8")
+    found = split_of(tmp_path)
+    assert found["test"] == ["caf\u00e92"]  # as the pictures have it
+    assert sorted(found["train"]) == sorted([unicodedata.normalize("NFD", "caf\u00e90"), "caf\u00e91"])
+    np.testing.assert_array_equal(load(tmp_path)[1]["caf\u00e92"].labels, np.roll(labels(2), 2))
+
+
+def test_a_class_that_no_training_picture_has_is_told(tmp_path, capsys):
+    write_lists(fill(tmp_path), test="p0")
+    save(tmp_path, "p0", labels(3))
+    load(tmp_path, ("x", "y", "rare"))
+    assert capsys.readouterr().out.count("no training picture has rare, so that nothing of it can be learnt") == 1
+    write_lists(tmp_path, train="p0 p1", test="p2")
+    load(tmp_path, ("x", "y", "rare"))
+    assert "no training picture has" not in capsys.readouterr().out
 
 
 def test_pictures_in_no_list_and_folders_are_told(tmp_path, capsys):

@@ -142,6 +142,8 @@ def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
         left_out.append(
             f"its classes.json lists {', '.join(theirs)}; the run's, {', '.join(data.mask_values) or 'nothing'}"
         )
+    if to_train and (unseen := _unseen([seen[pair.stem] for pair in splits["train"]], table, reading)):
+        left_out.append(f"no training picture has {some(unseen)}, so that nothing of it can be learnt")
     for line in (read_as, *left_out, *_notes(seen, reading, brightest, white)):
         _print_once(f"{data_dir}: {line}")
     palette = {index: colour for mask in seen.values() for index, colour in mask.palette.items()}
@@ -186,6 +188,13 @@ def _too_little(needed: set[str], splits: Splits, reading: Reading, listed: bool
         f"splits without pictures{hint}": empty,
         "one class alone in all of its masks": (occurring or ["what is ignored"]) * alone,
     }
+
+
+def _unseen(trained: Sequence[Seen], table: Table, reading: Reading) -> list[str]:
+    """The classes that none of these masks have."""
+    labels = dict(table) or ({IGNORE_LABEL: 1} if reading.meaning == "class" else {})
+    found = {labels.get(value, value) for mask in trained for value in mask.counts}
+    return [name for i, name in enumerate(reading.names) if i not in found]
 
 
 def _notes(seen: Mapping[str, Seen], reading: Reading, brightest: int, white: int) -> list[str]:

@@ -1,7 +1,8 @@
 """A folder's files as pairs of a picture and its mask, and the pairs as splits."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -86,7 +87,8 @@ def _pairs(layout: Layout) -> tuple[dict[str, File], dict[str, File], Problems, 
         pictures = [(stem, file) for stem, file in images if file.path.suffix not in (".txt", ".json")]
         images = [(stem, file) for stem, file in pictures if stem not in drawn and not stem.endswith("_mask")]
     by_stem = dict(images)
-    named = [(_picture_of(stem, by_stem), file) for stem, file in masks_ if stem not in drawn]
+    known = _known(by_stem)
+    named = [(_find((stem, stem.removesuffix("_mask")), known), file) for stem, file in masks_ if stem not in drawn]
     twice = [f"{in_images}{stem}" for stem in repeated(stem for stem, _ in images)]
     twice += [f"{in_masks}{stem}" for stem in repeated(stem for stem, _ in named)]
     return by_stem, dict(named), {"several files for": twice}, left_out
@@ -98,9 +100,16 @@ def _names(layout: Layout) -> tuple[str, str]:
     return f"{images.absolute().name}/", f"{masks.absolute().name}/"
 
 
-def _picture_of(stem: str, images: Mapping[str, File]) -> str:
-    shorter = stem.removesuffix("_mask")
-    return shorter if stem not in images and shorter in images else stem
+def _known(images: Iterable[str]) -> dict[str, str]:
+    """The pictures' stems by themselves, and as their accents may be written elsewhere: a Mac takes letters apart."""
+    stems = list(images)
+    return {unicodedata.normalize("NFC", stem): stem for stem in stems} | {stem: stem for stem in stems}
+
+
+def _find(readings: Sequence[str], known: Mapping[str, str]) -> str:
+    """The picture's stem that one of these names means, or else the first of them."""
+    forms = [form for reading in readings for form in (reading, unicodedata.normalize("NFC", reading))]
+    return next((known[form] for form in forms if form in known), readings[0])
 
 
 def _files(folders: Mapping[str, Path]) -> tuple[list[tuple[str, File]], list[Path]]:
@@ -131,5 +140,5 @@ def _lists(folder: Path, images: Mapping[str, File], stems: Iterable[str]) -> di
 def _lines(path: Path, images: Mapping[str, File]) -> list[str]:
     """The stems in a list. A line may also name a file, which has the stem."""
     lines = [line.strip() for line in path.read_text("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
-    readings = [(line, line.rpartition(".")[0], PurePath(line).stem) for line in lines]
-    return [next((stem for stem in reading if stem in images), reading[0]) for reading in readings]
+    known = _known(images)
+    return [_find((line, line.rpartition(".")[0], PurePath(line).stem), known) for line in lines]
