@@ -93,14 +93,13 @@ def decode(path: Path) -> Pixels:
             cut = image.format in ("PNG", "TIFF") and image.mode in COLOUR_MODES and ";16" in str(image.tile)
             image.load()
             values = _array(ImageOps.exif_transpose(image))
-            return Pixels(values, cut, _brightest(image) * 257 if cut else int(values.max()) * (values.ndim == 2))
+            brightest = _brightest(image) * 257 if cut else int(values.max()) if values.ndim == 2 else 0
+            return Pixels(values, cut, brightest)
     except UnidentifiedImageError:
         reason = "is no picture of a known format" if path.stat().st_size else "is empty"
     except Exception as error:  # damaged files fail in as many ways as there are formats
-        reason = (
-            f"{getattr(error, 'strerror', None) or error}".split("\n")[0].replace(str(path), "it")[:150]
-            or type(error).__name__
-        )
+        text = str(getattr(error, "strerror", None) or error)
+        reason = text.split("\n")[0].replace(str(path), "it")[:150] or type(error).__name__
     raise InputError(f"{path}: {reason}")
 
 
