@@ -42,7 +42,7 @@ def test_seeds_make_one_row_and_frameworks_two(tmp_path):
     folders = [make_run(tmp_path / f"ours{seed}", seed, [0.9, 0.4 + seed / 10, 0.5 + seed / 10]) for seed in (0, 2)]
     folders.append(make_run(tmp_path / "theirs", 0, [0.9, 0.7, 0.6], "pytorch"))
     folders.append(make_run(tmp_path / "other", 0, [0.8], weight_decay=0.5))
-    report.write_comparison(folders, tmp_path / "out", "report")
+    report.write_comparison(report.finished_runs(folders), tmp_path / "out", "report")
     assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
     head, _, *rows = (tmp_path / "out" / "report.md").read_text().split("\n\n")[0].splitlines()
     ours, theirs, other = (dict(zip(*(line.strip("| ").split(" | ") for line in (head, r)), strict=True)) for r in rows)
@@ -82,7 +82,7 @@ def test_a_run_with_validation_counts_by_its_summary(tmp_path):
     with pytest.raises(InputError, match=r"run is no finished run: it has no summary\.json$"):
         report.read_run(folder)
     (folder / "summary.json").write_text(json.dumps({"test": {**record, "test_loss": 0.25}}))
-    report.write_comparison([folder], name="report")
+    report.write_comparison(report.finished_runs([folder]), name="report")
     row = (tmp_path / "report.md").read_text().splitlines()[2]
     assert "| 0.2500 | - | 0.5000 |" in row  # no best test loss: it was looked at once
 
@@ -94,14 +94,14 @@ def test_a_run_with_validation_counts_by_its_summary(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["data"]["dataset"] = "folder"
     (folder / "config.json").write_text(json.dumps(config))
-    report.write_comparison([folder], name="report")
+    report.write_comparison(report.finished_runs([folder]), name="report")
     row = (tmp_path / "report.md").read_text().splitlines()[2]
     assert "| - | 0.5000 (validation) | - | 0.5000 (validation) |" in row  # and nothing published of these pictures
 
 
 def test_runs_of_one_name_both_count(tmp_path, capsys):
     folders = [make_run(tmp_path / project / "runs" / "mine", seed, [0.5]) for seed, project in enumerate("ab")]
-    report.write_comparison(folders, tmp_path)
+    report.write_comparison(report.finished_runs(folders), tmp_path)
     assert "| 0 1 |" in capsys.readouterr().out
 
 

@@ -136,26 +136,25 @@ def share_a_row(one: Run, other: Run) -> bool:
     return made[0] == made[1] and changed == ["train.seed"]
 
 
-def finished_runs(paths: Iterable[Path]) -> list[Path]:
+def finished_runs(paths: Iterable[Path]) -> dict[Path, Run]:
     """The finished runs among these folders, and in those that hold runs. Prints a line on each that is left out.
 
     Raises:
       InputError: there is none.
     """
-    folders, faults = [], []
+    runs, faults = {}, []
     for path in paths:
         inside = [] if (path / "config.json").exists() else sorted(file.parent for file in path.glob("*/config.json"))
         for folder in inside or [path]:
             try:
-                read_run(folder)
-                folders.append(folder)
+                runs[folder] = read_run(folder)
             except InputError as error:
                 faults.append(str(error))
-    if not folders:
+    if not runs:
         raise InputError(faults[0] if faults else "no run folders are given: name them, such as runs/*")
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
-    return folders
+    return runs
 
 
 def table(runs: Iterable[Run]) -> str:
@@ -170,16 +169,15 @@ def table(runs: Iterable[Run]) -> str:
     return "".join([f"| {' | '.join(HEAD)} |\n", "|---" * len(HEAD), "|\n", *map(row, groups)])
 
 
-def write_comparison(folders: list[Path], out: Path | None = None, name: str = "comparison") -> None:
-    """Writes NAME.md and NAME.png about these runs, in `out` or the folder that holds the first."""
+def write_comparison(runs: dict[Path, Run], out: Path | None = None, name: str = "comparison") -> None:
+    """Writes NAME.md and NAME.png about the runs in these folders, to `out` or the folder that holds the first."""
     from unet_jax import plots
 
-    out = out or folders[0].parent
+    out = out or next(iter(runs)).parent
     out.mkdir(parents=True, exist_ok=True)
-    labels = ["/".join(folder.parts[-2:]) for folder in folders]
+    labels = ["/".join(folder.parts[-2:]) for folder in runs]
     if len(set(labels)) < len(labels):
-        labels = [str(folder) for folder in folders]
-    runs = {label: read_run(folder) for label, folder in zip(labels, folders, strict=True)}
+        labels = [str(folder) for folder in runs]
     text = table(runs.values())
     note = (
         "Published losses are the best of those printed, for 240x240 pictures and 25 epochs. Test loss is the mean of"
@@ -188,7 +186,7 @@ def write_comparison(folders: list[Path], out: Path | None = None, name: str = "
     )
     (out / f"{name}.md").write_text(f"{text}\n{note}")
     panels: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for label, run in runs.items():
+    for label, run in zip(labels, runs.values(), strict=True):
         panels.setdefault(run.config.variant, {})[label] = run.records
     datasets = sorted({run.config.data.dataset for run in runs.values()})
     points = {variant: TEST_LOSSES.get(variant, {}) for variant in panels} if datasets != ["folder"] else {}
@@ -210,5 +208,5 @@ def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Runs the command with these arguments, by default the arguments of the process."""
     with exit_on_input_error():
         options = tyro.cli(Options, args=argv, prog=prog, description=__doc__)
-        folders = finished_runs(path for path in options.runs if not path.is_file())  # runs/* has reports, too
-        write_comparison(folders, options.out, "report")
+        runs = finished_runs(path for path in options.runs if not path.is_file())  # runs/* has reports, too
+        write_comparison(runs, options.out, "report")

@@ -140,10 +140,11 @@ def train_runs(runs_asked_for: list[Options]) -> None:
     for options in runs_asked_for:
         train_run(options, device.placement())
     if len(runs_asked_for) > 1 and jax.process_index() == 0:
-        from unet_jax.commands.report import write_comparison
+        from unet_jax.commands.report import read_run, write_comparison
 
         try:
-            write_comparison([Path(options.workdir or ".") for options in runs_asked_for])
+            folders = [Path(options.workdir or ".") for options in runs_asked_for]
+            write_comparison({folder: read_run(folder) for folder in folders})
         except InputError as error:  # such as runs that have no test
             print(f"no comparison: {error}")
 
