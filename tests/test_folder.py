@@ -286,7 +286,8 @@ def test_folders_with_nothing_to_use(tmp_path):
     with pytest.raises(InputError, match=r"splits without pictures: 2 \(test, train\)"):
         load(tmp_path)
     save(tmp_path, "only", labels())
-    (tmp_path / "images" / ".DS_Store").write_text("")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / "images" / name).write_text("")
     with pytest.raises(InputError, match=r"has splits without pictures \(--test-fraction 0 .* test\): 1 \(test\)$"):
         load(tmp_path)
 

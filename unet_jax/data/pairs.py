@@ -10,6 +10,7 @@ from unet_jax.data.classes import repeated, some
 from unet_jax.data.layouts import SPLITS, Layout
 from unet_jax.errors import InputError
 
+SYSTEM_FILES = {"thumbs.db", "desktop.ini"}  # that Windows makes in a folder
 LISTS = {"train": "train.txt", "validation": "val.txt", "test": "test.txt"}
 
 Problems = dict[str, list[Any]]  # what is wrong, and where
@@ -118,7 +119,11 @@ def _files(folders: Mapping[str, Path]) -> tuple[list[tuple[str, File]], list[Pa
         paths = [(prefix, path) for prefix, folder in folders.items() for path in sorted(folder.iterdir())]
     except OSError as error:
         raise InputError(f"the folder {error.filename} cannot be read: {error.strerror}") from None
-    inside = [(prefix, path) for prefix, path in paths if not path.name.startswith(".")]
+    inside = [
+        (prefix, path)
+        for prefix, path in paths
+        if not path.name.startswith(".") and path.name.lower() not in SYSTEM_FILES
+    ]
     files = [
         (prefix + path.stem, File(path, path.stat().st_size, path.stat().st_mtime_ns))
         for prefix, path in inside
