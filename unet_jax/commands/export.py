@@ -1,4 +1,4 @@
-"""Writes a run as one file, for jax alone, ONNX Runtime or unet_jax: `unet-jax export runs/mp_tr_dice --out model`."""
+"""Writes a run's network for jax, ONNX Runtime or unet_jax: `unet-jax export runs/mp_tr_dice --out model` (a folder)."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -31,9 +31,11 @@ tell_once = functools.cache(print)
 class Options:
     """What to segment, how, and where to."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")]
     """The run's folder. Without it, or with pets for it: the network for cats and dogs that comes with unet_jax."""
-    pictures: Annotated[tuple[str, ...], tyro.conf.Positional]
+    pictures: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE ...", help_behavior_hint="")
+    ]
     """Files, folders (the pictures in them) and globs."""
     out: Path
     """Folder for NAME_mask.png and NAME_overlay.png of each picture."""

@@ -31,11 +31,11 @@ class Options:
     overwrite: bool = False
     """Remove the files of another run in the folder, and start anew."""
     download: bool = False
-    """Download and prepare the dataset in --data-dir if it is not there."""
+    """With --data-dir: download the dataset into it if it is not there. Without, the pets are downloaded anyway."""
     cache_dir: str | None = None
     """Folder of the decoded pictures. Default: ~/.cache/unet_jax."""
-    compilation_cache: bool = True
-    """Unless this is given, compiled programs are kept in ~/.cache/unet_jax/xla: a later start compiles nothing."""
+    no_compilation_cache: bool = False
+    """Do not keep compiled programs. Else they are in ~/.cache/unet_jax/xla, so that a later start compiles nothing."""
     deterministic: bool = False
     """Make a GPU add in a fixed order: repeated and resumed runs are bit-equal, but steps take longer."""
     log: Literal["tensorboard"] | None = None
@@ -119,7 +119,7 @@ def main(runs_asked_for: list[Options]) -> None:
     from unet_jax.folders import default_cache_dir
 
     first = runs_asked_for[0]
-    device.set_up(default_cache_dir() / "xla" if first.compilation_cache else None)
+    device.set_up(None if first.no_compilation_cache else default_cache_dir() / "xla")
     if first.distributed:
         processes.join(first.coordinator, first.processes, first.process_id)
         with processes.leaving_at_once(), exit_on_input_error(INTERRUPTED):
