@@ -1,4 +1,4 @@
-"""Writes a run's network for jax, ONNX Runtime or unet_jax: `unet-jax export runs/mp_tr_dice --out model` (a folder)."""
+"""Writes a run's network to a folder, for jax, ONNX Runtime or unet_jax: `unet-jax export runs/mine --out model`."""
 
 import dataclasses
 from collections.abc import Sequence
