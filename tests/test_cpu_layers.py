@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import flax.linen as nn
@@ -87,6 +88,43 @@ def test_conv_of_stride_2_is_linens(shape, features, out):
     ours, linen = Conv(out, strides=2), nn.Conv(out, (3, 3), 2, padding=1)
     assert calls(jax.grad(lambda *args: apply_params(ours)(*args).sum(), (0, 1)), params, x) == 2
     assert_same(apply_params(ours), apply_params(linen), params, x)
+
+
+@pytest.mark.parametrize(("side", "strides"), [(5, 1), (5, 2), (1, 2), (3, 3), (3, 4)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_other_sizes_and_strides_are_those_of_the_plain_layer(side, strides, dtype):
+    ours, plain = cpu_layers.Conv(16, side, strides, dtype), layers.Conv(16, side, strides)
+    params = {"kernel": normal(side, side, 16, 16) / side, "bias": normal(16)}
+    x = jnp.asarray(normal(2, 12, 12, 16), dtype)
+    y, pullback = jax.vjp(apply_params(ours), params, x)
+    expected, plain_pullback = jax.vjp(apply_params(plain), params, x.astype(np.float32))
+    chex.assert_equal_shape([y, expected])
+    limit = {jnp.float32: 1e-5, jnp.bfloat16: 2.0**-6}[dtype]
+    g = jnp.asarray(normal(*y.shape), dtype)
+    got, exact = jax.tree.leaves((y, pullback(g))), jax.tree.leaves((expected, plain_pullback(g.astype(np.float32))))
+    for a, b in zip(got, exact, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=0, atol=limit * float(np.abs(b).max()))
+
+
+def test_layers_of_ones_own_go_with_the_fast_ones():
+    class GroupNorm(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.GroupNorm(num_groups=8, dtype=x.dtype)(x)
+
+    changes = [
+        {"BatchNorm": GroupNorm},
+        {"max_pool": lambda x: nn.avg_pool(jnp.asarray(x), (2, 2), (2, 2))},
+        {"Conv": layers.Conv, "BatchNorm": layers.BatchNorm, "max_pool": layers.max_pool},
+        {"max_pool": lambda x: x[:, ::2, ::2]},
+    ]
+    images = jnp.asarray(normal(2, 16, 16, 3))
+    for change in changes:
+        logits = []
+        for module in (layers, cpu_layers):
+            model = UNet(widths=(16, 32), layers=SimpleNamespace(**vars(module) | change))
+            logits.append(model.apply(model.init(jax.random.key(0), images), images))
+        np.testing.assert_allclose(*logits, atol=1e-5)
 
 
 def test_conv_of_stride_2_of_many_pictures_is_linens():

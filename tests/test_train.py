@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -151,6 +152,20 @@ def test_a_non_finite_loss_is_named(placement, steps):
         list(loop.fit(CONFIG, steps, state, *loaders(placement)))
 
 
+def test_parameters_that_are_not_finite_end_a_run_that_evaluates_nothing(placement):
+    huge = with_train(learning_rate=1e38, epochs=1)
+    steps, (loader, _) = train.make_steps(huge, placement, 3), loaders(placement)
+    one_step = Loader(loader.split, 10, placement)
+    with pytest.raises(loop.NonFiniteLossError, match=r"the norm of the parameters is inf at step 1 \(epoch 1\)"):
+        list(loop.fit(huge, steps, fresh_state(huge, placement), one_step, None))
+
+
+def test_patience_without_a_validation_part_is_refused(placement, steps):
+    config = with_train(patience=1)
+    with pytest.raises(InputError, match="goes by a validation part, and there is none"):
+        next(loop.fit(config, steps, fresh_state(config, placement), *loaders(placement)))
+
+
 def test_a_test_loss_that_is_not_finite_ends_the_run_before_the_epoch_counts(placement, steps):
     broken = steps._replace(evaluate=lambda state, batch: (jax.numpy.nan, steps.evaluate(state, batch)[1]))
     results = []
@@ -176,6 +191,16 @@ def test_evaluation_pads_with_weight_zero(placement):
     _, loader = loaders(placement)
     weights = [np.asarray(b.weights).tolist() for b in loader.evaluation()]
     assert weights == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_scores_do_not_depend_on_how_many_devices_fill_the_batches_up(placement, steps):
+    state, (_, test) = fresh_state(CONFIG, placement), loaders(placement)
+    of_three = Loader(test.split, 4, placement._replace(devices=3))
+    assert [np.asarray(b.weights).tolist() for b in of_three.evaluation()] == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]]
+    record, sums = loop.evaluate(steps.evaluate, state, test, CONFIG.data.class_names)
+    other, other_sums = loop.evaluate(steps.evaluate, state, of_three, CONFIG.data.class_names)
+    np.testing.assert_array_equal(sums.confusion, other_sums.confusion)
+    np.testing.assert_allclose(record["test_loss"], other["test_loss"], rtol=1e-6)
 
 
 def test_split_on_the_device_gives_the_same_batches(placement, monkeypatch):
@@ -269,6 +294,29 @@ def test_average_of_parameters_has_its_own_batch_statistics(placement):
     np.testing.assert_allclose(train.infer(epochs[-1].state, images, model), theirs, rtol=1e-5, atol=1e-5)
     plain = train.infer(epochs[-1].state._replace(averaged=None), images, model)
     assert np.abs(plain - theirs).max() > 1e-3
+
+
+def test_batch_statistics_of_averaged_weights_are_of_the_networks_own_momentum(placement):
+    config, (loader, _) = with_train(ema=0.5), loaders(placement)
+    model, batch = train.make_model(config.model, 3, placement), next(loader.epoch(0, 1))
+
+    def statistics(momentum):
+        norm = partial(model.layers.BatchNorm, momentum=momentum)
+        own = model.clone(layers=SimpleNamespace(**vars(model.layers) | {"BatchNorm": norm}))
+        state = fresh_state(config, placement)
+        state = state._replace(averaged=state.averaged | {"params": state.params})
+        return train.statistics_step(state, batch, 0, model=own).averaged["batch_stats"]
+
+    chex.assert_trees_all_close(statistics(0.5), statistics(0.9), rtol=1e-5)
+
+
+def test_ema_needs_a_state_with_an_average(placement, steps):
+    loader, _ = loaders(placement)
+    batch, averaging = next(loader.epoch(0, 1)), with_train(ema=0.5)
+    with pytest.raises(InputError, match=r"ema is 0.5, and the state was made for another: init_state\(..., ema=0.5\)"):
+        train.make_steps(averaging, placement, 3).train(fresh_state(CONFIG, placement), batch)
+    with pytest.raises(InputError, match=r"ema is 0.0"):
+        steps.train(fresh_state(averaging, placement), batch)
 
 
 def test_augmented_steps_are_of_the_seed_and_the_step(placement, steps):

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from flax.training.early_stopping import EarlyStopping
 from jax import Array
 
+from unet_jax.checks import check_patience
 from unet_jax.config import RunConfig
 from unet_jax.data.batches import Loader
 from unet_jax.metrics import PictureSums, scores
@@ -30,18 +32,19 @@ def evaluate(
     results = [evaluate_step(state, batch) for batch in loader.evaluation()]
     losses, batches = zip(*jax.device_get(results), strict=True)  # the one transfer
     count = len(loader.rows)
-    sums = PictureSums(*(np.concatenate(parts)[:count] for parts in zip(*batches, strict=True)))
+    pictures = slice(loader.batch_size)  # before those that fill a batch up for the devices
+    sums = PictureSums(*(np.concatenate([a[pictures] for a in parts])[:count] for parts in zip(*batches, strict=True)))
     # A loss of NaN stays: its batch may have no pixel that counts because its labels are no classes.
     counting = [loss for loss, batch in zip(losses, batches, strict=True) if batch.confusion.any() or np.isnan(loss)]
     return {"test_loss": float(np.mean(counting)), **scores(sums, class_names)}, sums
 
 
 class NonFiniteLossError(Exception):
-    """The loss of `step` (counted from 1) in `epoch` was not finite."""
+    """The loss of `step` (counted from 1) in `epoch` was not finite, or the parameters after it are not."""
 
-    def __init__(self, epoch: int, step: int, loss: float) -> None:
+    def __init__(self, epoch: int, step: int, value: float, what: str = "loss") -> None:
         """Says where it happened."""
-        super().__init__(f"the loss is {loss} at step {step} (epoch {epoch})")
+        super().__init__(f"the {what} is {value} at step {step} (epoch {epoch})")
 
 
 class StepResult(NamedTuple):
@@ -93,7 +96,9 @@ def fit(
 
     Raises:
       NonFiniteLossError: noticed at the latest when the epoch ends, before its EpochResult. `held_out`'s counts, too.
+      InputError: patience without a validation part.
     """
+    check_patience(config)
     done, first = divmod(int(state.step), len(train))
     rate = make_schedule(config.train, len(train))
     for epoch in range(done + 1, config.train.epochs + 1):
@@ -115,6 +120,8 @@ def fit(
         if held_out is not None:
             scores_, _ = evaluate(steps.evaluate, state, held_out, config.data.class_names)
             _finite(scores_["test_loss"], epoch, len(train))
+        else:  # nothing else would notice what the last step did
+            _finite(optax.tree.norm(state.params), epoch, len(train), "norm of the parameters")
         if config.data.validation_fraction:
             scores_ = {f"validation_{name.removeprefix('test_')}": value for name, value in scores_.items()}
         counts = np.full(len(known), train.batch_size)
@@ -142,8 +149,8 @@ def _with_statistics(steps: Steps, state: TrainState, train: Loader, seed: int) 
     return state
 
 
-def _finite(loss: Any, epoch: int, step: int) -> float:
-    value = float(loss)
+def _finite(number: Any, epoch: int, step: int, what: str = "loss") -> float:
+    value = float(number)
     if not math.isfinite(value):
-        raise NonFiniteLossError(epoch, step, value)
+        raise NonFiniteLossError(epoch, step, value, what)
     return value

@@ -15,7 +15,7 @@ from unet_jax.augment import augment
 from unet_jax.config import Augment, ModelConfig, RunConfig, TrainConfig
 from unet_jax.data.batches import Batch
 from unet_jax.device import Placement, compiler_options, compute_dtype, fast_layers
-from unet_jax.layers import BatchNorm
+from unet_jax.errors import InputError
 from unet_jax.losses import Loss, make_loss
 from unet_jax.metrics import PictureSums, picture_sums
 from unet_jax.model import UNet
@@ -69,9 +69,7 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientT
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam) if config.clip_norm else adam
 
 
-def init_state(
-    model: UNet, optimizer: optax.GradientTransformation, seed: int, channels: int = 3, ema: float = 0.0
-) -> TrainState:
+def init_state(model: UNet, optimizer: optax.GradientTransformation, seed: int, ema: float = 0.0) -> TrainState:
     """A fresh state; its parameters depend on the seed and the network alone, not on the size of pictures.
 
     They are float32, whatever JAX's default is. With `ema`, the average starts at 0, and the first step replaces it.
@@ -79,7 +77,7 @@ def init_state(
     side = 2 ** (len(model.widths) - 1)
     with jax.enable_x64(False):  # else initial values would be other ones, in float64
         # jit drops the forward pass. Run eagerly, each operation of that pass would be compiled separately.
-        variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, channels), jnp.float32))
+        variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, 3), jnp.float32))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})  # none without batch norm
     averaged = jax.tree.map(jnp.zeros_like, {"params": params, "batch_stats": batch_stats}) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averaged)
@@ -107,7 +105,12 @@ def train_step(
     Random keys come from (seed, step) only, so that continuing from a checkpoint is exact. The average's decay is
     step / (step + 10), at most `ema`, so that early steps are forgotten (the polynomial-decay averaging of Shamir and
     Zhang 2013, arXiv:1212.1824, with eta 9).
+
+    Raises:
+      InputError: the state has no average for `ema`, or one without it.
     """
+    if bool(ema) != (state.averaged is not None):
+        raise InputError(f"ema is {ema}, and the state was made for another: init_state(..., ema={ema})")
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     if strength != "none":
         own_key = jax.random.fold_in(key, 1)  # not dropout's
@@ -152,7 +155,7 @@ def statistics_step(state: TrainState, batch: Batch, count: ArrayLike, *, model:
         train=True,
         mutable=["batch_stats"],
     )
-    own = 1 / (1 - BatchNorm.momentum)  # undoes the momentum: statistics started at 0
+    own = 1 / (1 - model.layers.BatchNorm().momentum) if before else 1  # undoes the momentum: statistics started at 0
     mean = jax.tree.map(lambda old, new: old + (own * new - old) / (count + 1), before, updated.get("batch_stats", {}))
     return state._replace(averaged={"params": params, "batch_stats": mean})
 

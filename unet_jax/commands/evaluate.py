@@ -144,11 +144,10 @@ def evaluate_run(options: Options) -> None:
     device.set_up(default_cache_dir() / "xla")
     placement = device.placement()
     config, restored = runs.load(options.run, placement)
-    batch_size = -(-config.train.batch_size // placement.devices) * placement.devices
     dataset, name, split = pick(options, config)
     classes = config.data.class_names
     steps = make_steps(config, placement, steps_per_epoch=1, views=FLIPS[options.tta])  # it matters only in training
-    loader = Loader(split, batch_size, placement)
+    loader = Loader(split, config.train.batch_size, placement)
     scores, sums = evaluate(steps.evaluate, restored.state, loader, classes)
     kind = name if options.tta == "none" else f"{name}-{options.tta}"
     out = options.out or options.run / f"evaluation-{kind}"

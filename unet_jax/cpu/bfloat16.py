@@ -17,6 +17,7 @@ from unet_jax.cpu.convs import (
     NONE,
     Part,
     call_library,
+    has_known_sizes,
     has_whole_vectors,
     opened,
     parts_of,
@@ -32,14 +33,18 @@ HALF = jnp.dtype(jnp.bfloat16)
 Parts = tuple[Part, ...]
 
 
-def handles(x: Array | Lazy, dtype: DTypeLike) -> bool:
-    """Whether the C++ can compute it: dtype and x are bfloat16, gain and shift float32, sizes known and not 0."""
+def handles(x: Array | Lazy, dtype: DTypeLike, side: int = 3, strides: int = 2) -> bool:
+    """Whether the C++ can compute it: dtype and x are bfloat16, gain and shift float32, sizes known and not 0.
+
+    It has kernels of 3x3 with strides of 1 and 2, and of 1x1.
+    """
     opened_parts = [opened(part) for part in parts_of(x)]
     return (
         dtype == HALF
+        and (side, strides) in ((1, 1), (3, 1), (3, 2))
         and all(array.dtype == HALF for array, _, _ in opened_parts)
         and all(array.dtype == np.float32 for _, *others in opened_parts for array in others)
-        and all(isinstance(side, int) and side > 0 for side in x.shape)  # in jax.export it may have symbols
+        and has_known_sizes(x)
         and has_bfloat16()
     )
 

@@ -29,10 +29,15 @@ def handles(x: Array | Lazy, kernel: Array, strides: int = 1) -> bool:
     return (
         all(array.dtype == np.float32 for array in arrays)
         and has_whole_vectors(parts, kernel)
-        and all(isinstance(side, int) and side > 0 for side in x.shape)  # in jax.export it may have symbols
-        and (strides == 1 or (len(parts) == 1 and x.shape[1] % strides == x.shape[2] % strides == 0))
+        and has_known_sizes(x)
+        and (strides == 1 or (strides == 2 and len(parts) == 1 and x.shape[1] % 2 == x.shape[2] % 2 == 0))
         and is_available()
     )
+
+
+def has_known_sizes(x: Array | Lazy) -> bool:
+    """Whether every size is a number, and not 0: in jax.export it may be a symbol."""
+    return all(isinstance(side, int) and side > 0 for side in x.shape)
 
 
 def has_whole_vectors(parts: Sequence[Part], kernel: Array) -> bool:

@@ -27,7 +27,7 @@ class Conv(layers.Conv):
     def convolve(self, x: Array | Lazy, kernel: Array, bias: Array) -> Array:
         """The convolution itself."""
         x = x if isinstance(x, Lazy) else x.astype(self.dtype)
-        if bfloat16.handles(x, self.dtype):
+        if bfloat16.handles(x, self.dtype, self.kernel_size, self.strides):
             return bfloat16.conv(x, kernel, bias, self.strides)
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
         if self.kernel_size == 3 and convs.handles(x, kernel, self.strides):

@@ -1,6 +1,7 @@
 """Arrays that are computed where they are used: the outputs of ReLU, batch norm and concatenation.
 
-`convs` and `bfloat16` read concatenations and scaled parts directly. For all other code `as_array` computes them.
+`convs` and `bfloat16` read concatenations and scaled parts directly. Other code uses them as arrays, which computes
+them; functions of jax.lax need jnp.asarray(x) instead of x.
 """
 
 from functools import partial
@@ -16,7 +17,7 @@ from unet_jax.layers import wide_dtype
 
 
 class Lazy:
-    """What the lazy arrays share: shape and dtype, and that jnp's functions take them."""
+    """What the lazy arrays share: shape and dtype, and that they can be used as arrays, which computes them."""
 
     shape: Any
     dtype: Any
@@ -27,6 +28,14 @@ class Lazy:
 
     def __jax_array__(self) -> Array:
         return self.value()
+
+    def __getitem__(self, index: Any) -> Array:
+        return self.value()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(Array, name):
+            raise AttributeError(name)
+        return getattr(self.value(), name)
 
 
 def as_array(x: Array | Lazy) -> Array:

@@ -111,11 +111,16 @@ class Loader:
             yield self._batch(order[start : start + self.batch_size])
 
     def evaluation(self) -> Iterator[Batch]:
-        """All pictures in order. Copies of the first picture, with weight 0, fill up the last batch."""
+        """All pictures in order. Copies of the first picture, with weight 0, fill up the last batch.
+
+        Such copies follow the pictures of each batch if the devices do not divide it: losses are of the same batches
+        whatever the devices are.
+        """
         indices = np.arange(len(self) * self.batch_size)
         indices[len(self.rows) :] = -1
+        fill = np.full(-self.batch_size % self.placement.devices, -1)
         for places in indices.reshape(len(self), self.batch_size):
-            yield self._batch(places)
+            yield self._batch(np.concatenate([places, fill]))
 
     def _batch(self, places: np.ndarray) -> Batch:
         weights = (places >= 0).astype(np.float32)
