@@ -81,6 +81,11 @@ def test_a_size_that_does_not_fit_is_refused_in_one_line(height, width, nearest)
     )
 
 
+def test_a_network_without_levels_is_refused():
+    with pytest.raises(InputError, match="the network has no widths"):
+        UNet(widths=()).init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+
+
 def test_a_picture_without_the_axis_of_the_batch_is_refused():
     with pytest.raises(AssertionError, match="rank"):
         UNet(widths=(4, 4)).init(jax.random.key(0), jnp.zeros((16, 16, 3)))

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,7 @@ from unet_jax.config import DataConfig, ModelConfig, default_config, to_dict
 from unet_jax.data import pictures, synthetic
 from unet_jax.data.pictures import read_picture
 from unet_jax.errors import InputError
+from unet_jax.export import export_run
 from unet_jax.plots import palette
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "predict.py"
@@ -234,11 +236,26 @@ def test_a_path_is_read_as_training_reads_it(predictor, tmp_path):
 
 @pytest.mark.parametrize(
     "bad",
-    [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8), [np.zeros((8, 8, 4), np.uint8)]],
+    [
+        np.zeros((8, 8), np.uint8),
+        np.zeros((8, 8, 3)),
+        np.zeros((0, 8, 3), np.uint8),
+        [np.zeros((8, 8, 4), np.uint8)],
+        [[np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)]],
+        [None],
+    ],
 )
 def test_what_is_no_picture(predictor, bad):
     with pytest.raises(InputError, match="pictures are uint8 arrays"):
         predictor(bad)
+
+
+@pytest.mark.parametrize("kind", [jnp.asarray, Image.fromarray])
+def test_pictures_of_other_libraries_are_arrays(predictor, kind):
+    image = picture(40, 56)
+    expected = predictor(image)
+    np.testing.assert_array_equal(predictor(kind(image)), expected)
+    np.testing.assert_array_equal(predictor([kind(image)])[0], expected)
 
 
 def test_bad_arguments(run, tmp_path, predictor):
@@ -249,8 +266,11 @@ def test_bad_arguments(run, tmp_path, predictor):
     for bad in (3, None):
         with pytest.raises(InputError, match="is no picture: pictures are uint8 arrays"):
             predictor(bad)
-    with pytest.raises(InputError, match="multiple of 128"):
-        predict.load(run, tile_size=100)
+    for bad in (100, 512.0):
+        with pytest.raises(InputError, match="multiple of 128"):
+            predict.load(run, tile_size=bad)
+    with pytest.raises(InputError, match="unknown format 'tflite': choose from jax, onnx, weights"):
+        export_run(str(run), str(tmp_path / "export"), "tflite")
     with pytest.raises(InputError, match="no run folder"):
         predict.load(tmp_path)
     (tmp_path / "config.json").write_text((run / "config.json").read_text())

@@ -13,7 +13,9 @@ LOSS_NAMES = ("cross_entropy", "log_dice", "soft_dice")
 
 
 def check_size(height: int, width: int, levels: int) -> None:
-    """Raises InputError unless both sides are positive multiples of 2^(levels-1)."""
+    """Raises InputError unless both sides are positive multiples of 2^(levels-1), and there are levels."""
+    if levels < 1:
+        raise InputError("the network has no widths: give the features of each level, such as 32 64 128")
     multiple = 2 ** (levels - 1)
     if height % multiple or width % multiple or height < 1 or width < 1:  # no min(): jax.export has symbolic sides
         nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]

@@ -140,16 +140,19 @@ def describe(config: RunConfig, step: int, artifact: Artifact) -> dict[str, Any]
     }
 
 
-def export_run(run: Path, out: Path, format: ExportFormat = "jax") -> dict[str, Any]:
+def export_run(run: str | Path, out: str | Path, format: ExportFormat = "jax") -> dict[str, Any]:
     """Writes a run's checkpoint (that of `runs.load`) to `out` as one file, and model.json, whose content it returns.
 
     The layers compute in float32, whatever the run's precision, since the file is for any device. With the format
     "weights" there is a config.json too, and the device chooses.
 
     Raises:
-      InputError: there is no run or no complete checkpoint, `out` cannot be written, or what the format needs is not
-        installed.
+      InputError: there is no run or no complete checkpoint, `out` cannot be written, the format is unknown, or what it
+        needs is not installed.
     """
+    run, out = Path(run), Path(out)
+    if format not in FORMATS:
+        raise InputError(f"unknown format {format!r}: choose from {', '.join(FORMATS)}")
     config, restored = runs.load(run, device.placement())
     config = dataclasses.replace(
         config,

@@ -60,15 +60,17 @@ class Predictor:
         Raises:
           InputError: another mode or tta, something that is no picture, or a file that cannot be read.
         """
-        if not isinstance(images, (np.ndarray, Sequence, Path)):
+        given: Any = images if isinstance(images, (Sequence, Path)) else as_array(images)
+        if not isinstance(given, (np.ndarray, Sequence, Path)):
             raise InputError(f"{type(images).__name__} is no picture: pictures are uint8 arrays [H, W, 3]")
-        single = isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3)
-        given: Any = [images] if single else images
-        pictures = [self.read(picture) for picture in given]
+        single = isinstance(given, (str, Path)) or (isinstance(given, np.ndarray) and given.ndim == 3)
+        several: Any = [given] if single else given
+        pictures = [self.read(picture) for picture in several]
         for i, picture in enumerate(pictures):
-            shape, dtype = np.shape(picture), getattr(picture, "dtype", type(picture).__name__)
-            if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-                raise InputError(f"picture {i} is {dtype} of shape {shape}: pictures are uint8 arrays [H, W, 3]")
+            is_array = isinstance(picture, np.ndarray)
+            if not is_array or picture.dtype != np.uint8 or picture.shape[2:] != (3,) or 0 in picture.shape:
+                what = f"{picture.dtype} of shape {picture.shape}" if is_array else type(picture).__name__
+                raise InputError(f"picture {i} is {what}: pictures are uint8 arrays [H, W, 3]")
         for what, value, choices in (("mode", mode, get_args(Mode)), ("tta", tta, get_args(Tta))):
             if value not in choices:
                 raise InputError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
@@ -85,10 +87,10 @@ class Predictor:
         return answers[0] if single else answers
 
     def read(self, picture: Any) -> Any:
-        """The picture uint8 [H, W, 3] in a file, by the run's white; anything but a path is returned as it is."""
+        """The picture uint8 [H, W, 3] in a file, by the run's white; anything else as NumPy's array, if it is one."""
         if isinstance(picture, (str, Path)):
             return read_picture(Path(picture), self.config.data.white or WHITE)
-        return picture
+        return as_array(picture)
 
     def batch_size(self, height: int, width: int) -> int:
         """How many pictures of this size go through the network at once: what a full-width network has memory for."""
@@ -158,7 +160,7 @@ def load(run: str | Path = "pets", tile_size: int | None = None) -> Predictor:
     config, restored = runs.load(Path(run), placement)
     margin = margin_of(len(config.model.widths))
     tile_size = tile_size or max(512, 8 * margin)
-    if tile_size % UNIT or tile_size < 3 * margin:
+    if not isinstance(tile_size, int) or tile_size % UNIT or tile_size < 3 * margin:
         least = -(-3 * margin // UNIT) * UNIT
         raise InputError(f"tiles of {tile_size}: this network needs a multiple of {UNIT} that is {least} or more")
     step = partial(probabilities_step, model=make_model(config.model, len(config.data.class_names), placement))
@@ -170,6 +172,12 @@ def load(run: str | Path = "pets", tile_size: int | None = None) -> Predictor:
         compiler_options=device.compiler_options(placement.platform),
     )
     return Predictor(config, restored._replace(state=inference_state(restored.state)), placement, tile_size, forward)
+
+
+def as_array(picture: Any) -> Any:
+    """The array of a picture of JAX, PyTorch or Pillow; anything else as it is."""
+    is_array = hasattr(picture, "__array__") or hasattr(picture, "__array_interface__")
+    return np.asarray(picture) if is_array else picture
 
 
 def assemble(bands: Iterator[np.ndarray], probabilities: bool = False) -> np.ndarray:
