@@ -15,7 +15,7 @@ from check_faults import own_cache
 from PIL import Image
 
 import unet_jax
-from unet_jax import device, experiment, runs
+from unet_jax import device, environment, experiment, runs
 from unet_jax.config import ModelConfig, RunConfig, default_config, to_dict
 from unet_jax.errors import InputError, names_for_flags
 from unet_jax.signals import noticing
@@ -62,6 +62,28 @@ def test_a_run_from_python_trains_goes_on_and_predicts(run, capsys):
     run(small(1, seed=1), overwrite=True)
     assert json.loads((folder / "config.json").read_text())["train"]["seed"] == 1
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_that_goes_on_keeps_where_and_how_it_began(run, monkeypatch):
+    def now(commit: str) -> None:
+        monkeypatch.setattr(environment, "current", lambda: {"device": "a", "git_commit": commit})
+
+    def written(folder: Path) -> dict:
+        return json.loads((folder / "environment.json").read_text())
+
+    now("1")
+    folder = run(small(1))
+    assert written(folder) == {"device": "a", "git_commit": "1"}
+    now("2")
+    second = {"after_epoch": 1, "git_commit": "2"}
+    assert written(run(small(2))) == {"device": "a", "git_commit": "1", "resumed": [second]}
+    environment.write(folder, small(3), 2)
+    assert written(folder)["resumed"] == [second]
+    now("1")
+    environment.write(folder, small(4), 3)
+    assert written(folder)["resumed"] == [second, {"after_epoch": 3, "git_commit": "1"}]
+    environment.write(folder, small(4))  # anew
+    assert written(folder) == {"device": "a", "git_commit": "1"}
 
 
 def test_the_lines_of_the_docstring_run(tmp_path, monkeypatch, run):

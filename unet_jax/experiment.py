@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 
-from unet_jax import checkpoint, device, processes, runs, trackers
+from unet_jax import checkpoint, device, environment, processes, runs, trackers
 from unet_jax.checkpoint import Restored
 from unet_jax.checks import check_config, check_patience
 from unet_jax.config import RunConfig, from_dict, to_dict
@@ -123,7 +123,7 @@ def train_run(
         if start.progress.steps(steps_per_epoch) != int(start.state.step):
             raise InputError(f"{folder} was trained on other pictures: choose another --workdir, or --overwrite")
         runs.write_json(folder / "config.json", to_dict(config))
-        runs.write_json(folder / "environment.json", runs.environment() | runs.way_to_data(folder, config))
+        environment.write(folder, config, len(start.progress.records) if goes_on else None)
         per_epoch = f"{steps_per_epoch} step{'s' * (steps_per_epoch > 1)} an epoch"
         print(f"{config.variant} on {config.data.dataset}: {per_epoch}, files in {folder}")
         steps = make_steps(config, placement, steps_per_epoch, deterministic)

@@ -2,12 +2,9 @@
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -21,7 +18,7 @@ from jax.experimental import multihost_utils
 from unet_jax import weights
 from unet_jax.checkpoint import Progress, Restored, exists, restore
 from unet_jax.config import RunConfig, from_dict
-from unet_jax.device import Placement, describe, fast_layers, placement
+from unet_jax.device import Placement
 from unet_jax.errors import InputError
 from unet_jax.train import TrainState, init_state, make_model, make_optimizer
 
@@ -29,7 +26,6 @@ FILES = (
     *("config.json", "environment.json", "split.json", "metrics.jsonl", "summary.json", "scores.csv"),
     *("metrics.png", "results.png"),
 )
-PACKAGES = ("unet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "pillow")
 
 
 @contextlib.contextmanager
@@ -69,30 +65,6 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def environment() -> dict[str, Any]:
-    """Where and how a run is made: versions, devices, command, git commit where there is one."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    return {
-        "device": describe().removeprefix("device: "),
-        "backend": jax.default_backend(),
-        "devices": jax.device_count(),
-        "layers": fast_layers(placement()).__name__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": commit,
-    }
-
-
 def write_split(folder: Path, split: Mapping[str, Sequence[str]], goes_on: bool) -> None:
     """Makes split.json hold the names of the pictures in each split.
 
@@ -122,14 +94,6 @@ def read_split(folder: Path) -> dict[str, list[str]]:
         return {}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder}/split.json cannot be read ({error})") from None
-
-
-def way_to_data(folder: Path, config: RunConfig) -> dict[str, str]:
-    """For environment.json: the path from the run's folder to a relative data_dir, so that both can move together."""
-    data_dir = config.data.data_dir
-    if not data_dir or os.path.isabs(data_dir):
-        return {}
-    return {"data_dir": os.path.relpath(os.path.realpath(data_dir), folder.resolve())}
 
 
 def data_dir(folder: Path, config: RunConfig) -> str | None:
