@@ -59,7 +59,12 @@ def test_a_run_from_python_trains_goes_on_and_predicts(run, capsys):
     labels = unet_jax.load(folder)(np.zeros((20, 30, 3), np.uint8))
     assert (labels.shape, labels.dtype) == ((20, 30), np.uint8)
 
+    notes, evaluation = folder / "evaluation-notes", folder / "evaluation-test"
+    for path in (notes, evaluation):
+        path.mkdir()
+    (evaluation / "evaluation.json").write_text("{}")
     run(small(1, seed=1), overwrite=True)
+    assert (notes.exists(), evaluation.exists()) == (True, False)
     assert json.loads((folder / "config.json").read_text())["train"]["seed"] == 1
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 

@@ -184,8 +184,9 @@ def clear(folder: Path) -> None:
     """Removes a run's own files from its folder, and nothing else. Of many processes, the first; the others wait."""
     if jax.process_index() == 0:
         (folder / "config.json").unlink(missing_ok=True)  # first: without it what is left is no run
-        for name in ("checkpoints", "best", "tensorboard"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        evaluations = [file.parent for file in folder.glob("evaluation-*/evaluation.json")]  # of what is removed here
+        for path in (*(folder / name for name in ("checkpoints", "best", "tensorboard")), *evaluations):
+            shutil.rmtree(path, ignore_errors=True)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
     multihost_utils.sync_global_devices("run folder cleared")
