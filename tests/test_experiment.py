@@ -136,9 +136,15 @@ def test_own_network_optimizer_and_loss_train_as_the_page_says(tmp_path, monkeyp
     np.testing.assert_allclose(names["focal"](logits, labels), (2 / 3) ** 2 * loss(logits, labels), rtol=1e-6)
 
 
-def test_lists_in_a_config_make_the_same_run_as_tuples(run, capsys):
-    run(small(1, class_weights=[1.0, 2.0, 1.0]))
-    run(small(1, class_weights=(1.0, 2.0, 1.0)))
+def test_lists_paths_and_numbers_of_numpy_make_the_same_run(run, tmp_path, capsys):
+    first = run(small(1), "first")
+    plain = small(1, class_weights=(1.0, 2.0, 1.0), learning_rate=0.125, init_from=str(first))
+    given = small(
+        np.int64(1), class_weights=[1.0, np.float64(2), 1.0], learning_rate=np.float32(0.125), init_from=first
+    )
+    run(dataclasses.replace(given, data=dataclasses.replace(given.data, data_dir=tmp_path)))
+    capsys.readouterr()
+    run(plain)
     assert "has its 1 epoch already" in capsys.readouterr().out
 
 
@@ -209,6 +215,11 @@ REFUSALS = {
         small(1), data=dataclasses.replace(small(1).data, dataset="folder")
     ),
     "loss has the term 'dice'": small(1, loss="dice"),
+    "^train.schedule is 'linear': choose from constant, cosine$": small(1, schedule="linear"),
+    "^model.precision is 'float16': choose from auto, float32, bfloat16$": dataclasses.replace(
+        small(1), model=ModelConfig(precision="float16")
+    ),
+    "^train.epochs is 1.5: it must be int$": small(1.5),
     "patience 2 goes by a validation part, and there is none: add validation_fraction": small(1, patience=2),
 }
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-import dacite
 import tyro
 
+from unet_jax import typed
 from unet_jax.errors import InputError
 from unet_jax.published import TEST_LOSSES
 
@@ -223,8 +223,8 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     if version != FORMAT_VERSION:
         raise InputError(f"the config has format version {version}, this version of unet_jax reads {FORMAT_VERSION}")
     try:
-        return dacite.from_dict(RunConfig, fields, dacite.Config(cast=[tuple], strict=True))
-    except (dacite.DaciteError, TypeError) as error:  # TypeError: a number for a list
+        return typed.build(RunConfig, fields)
+    except InputError as error:
         raise InputError(f"the config was made by another version, or edited by hand: {error}") from None
 
 

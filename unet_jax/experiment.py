@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import jax
 
-from unet_jax import checkpoint, device, environment, processes, runs, trackers
+from unet_jax import checkpoint, device, environment, processes, runs, trackers, typed
 from unet_jax.checkpoint import Restored
 from unet_jax.checks import check_config, check_patience
-from unet_jax.config import RunConfig, from_dict, to_dict
+from unet_jax.config import RunConfig, to_dict
 from unet_jax.data.batches import Loader, Parts, validation_rows
 from unet_jax.data.cache import Split
 from unet_jax.data.datasets import fill_in, load_splits, resolve
@@ -65,7 +65,7 @@ def run(
     Raises:
       InputError: the config, the pictures, the folder or `log` cannot be used, or the loss became infinite or NaN.
     """
-    folder, config = Path(workdir), from_dict(to_dict(config))  # a list becomes the tuple that config.json is read as
+    folder, config = Path(workdir), typed.build(RunConfig, dataclasses.asdict(config))  # as config.json is read
     tracker = trackers.chosen(log, folder)
     dataset, notice = resolve(config.data.dataset, config.data.data_dir, download)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset))
