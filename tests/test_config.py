@@ -110,7 +110,6 @@ def test_an_unknown_variant_is_refused_with_what_is_near(variant, hint):
     ("part", "field", "value", "message"),
     [
         ("train", "epochs", 0, "--epochs is 0: it must be at least 1"),
-        ("train", "batch_size", 0, "--batch-size is 0: it must be at least 1"),
         ("train", "batch_size", -4, "--batch-size is -4: it must be at least 1"),
         ("data", "train_examples", 0, "--train-examples is 0: it must be at least 1"),
         ("data", "test_examples", -1, "--test-examples is -1: it must be at least 1"),
