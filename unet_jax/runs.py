@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,37 +63,6 @@ def write_records(folder: Path, records: list[dict[str, Any]]) -> None:
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records in metrics.jsonl, one for each epoch."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def write_split(folder: Path, split: Mapping[str, Sequence[str]], goes_on: bool) -> None:
-    """Makes split.json hold the names of the pictures in each split.
-
-    Raises:
-      InputError: the run continues, and its split.json has other names. A run of an older version has no split.json.
-    """
-    before = read_split(folder) if goes_on else {}
-    changed = [part for part in before if before[part] != list(split[part])]
-    if changed:
-        others = sorted(set(before[changed[0]]) ^ set(split[changed[0]])) or ["in another order"]
-        raise InputError(
-            f"{folder} has other pictures in its {' and '.join(changed)} split, by the names in its split.json"
-            f" ({', '.join(others[:3])}{', ...' * (len(others) > 3)}): choose another --workdir, or --overwrite"
-        )
-    write_json(folder / "split.json", split)
-
-
-def read_split(folder: Path) -> dict[str, list[str]]:
-    """The names of the pictures in each split of the run in `folder`; {} of a run that an older version made.
-
-    Raises:
-      InputError: the file cannot be read.
-    """
-    try:
-        return dict(json.loads((folder / "split.json").read_text()))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder}/split.json cannot be read ({error})") from None
 
 
 def data_dir(folder: Path, config: RunConfig) -> str | None:

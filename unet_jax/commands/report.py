@@ -59,8 +59,9 @@ def read_run(folder: Path) -> Run:
     Raises:
       InputError: the folder is no run, has no finished epoch, or has a validation part and is not finished.
     """
+    from unet_jax import splits
     from unet_jax.metrics import best_epoch, held_out
-    from unet_jax.runs import read_config, read_split
+    from unet_jax.runs import read_config
 
     config = read_config(folder)
     try:
@@ -79,7 +80,7 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder} has no finished epoch")
     if finished != len(records):
         raise InputError(f"{folder} is no finished run: it has gone on since its summary.json was written")
-    names = frozenset(name for part in read_split(folder).values() for name in part)
+    names = frozenset(name for part in splits.read(folder).values() for name in part)
     data, pictures = config.data, None
     if data.dataset == "folder" and data.data_dir:  # environment.json has the way to a relative one
         pictures = os.path.realpath(folder.resolve() / environment.get("data_dir", Path(data.data_dir).absolute()))
