@@ -36,7 +36,7 @@ import tyro
 from profile_step import constant_batch, set_up
 from torch.utils.flop_counter import FlopCounterMode
 
-from unet_jax import device, plots, runs, train
+from unet_jax import device, environment, plots, runs, train
 from unet_jax.config import PUBLISHED, VARIANTS, Precision
 from unet_jax.cpu.memory import keep_freed_memory
 from unet_jax.data.batches import Batch
@@ -295,7 +295,7 @@ def main() -> None:
         raise InputError("only one of JAX and PyTorch sees a GPU: install the other's CUDA build, or hide the GPU")
     options.out.mkdir(parents=True, exist_ok=True)
     processor = {"processor": platform.processor(), "features": cpu_features()}
-    environment = {**runs.environment(), "torch": torch.__version__, **processor}
+    about = {**environment.current(), "torch": torch.__version__, **processor}
     peak, cells = matrix_peak(), []
     print(
         f"{device.describe()} with {', '.join(cpu_features())}; matrix peak {peak / 1e9:.0f} GFLOP/s in {precision()}"
@@ -307,11 +307,11 @@ def main() -> None:
                     cells.append(cell(options, variant, work, size, batch))
                     print(table(cells[-1:], peak).splitlines()[-1], flush=True)
                     # After every cell, so that an interrupted run keeps what it has measured.
-                    result = {"environment": environment, "matrix_peak": peak, "cells": cells}
+                    result = {"environment": about, "matrix_peak": peak, "cells": cells}
                     runs.write_json(options.out / "benchmark.json", result)
                     runs.write_text(options.out / "benchmark.md", table(cells, peak))
                     plots.ratio_figure(cells, device.describe()).savefig(options.out / "benchmark.png")
-    print(json.dumps(environment["versions"]))
+    print(json.dumps(about["versions"]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from unet_jax import runs
+from unet_jax import environment, runs
 from unet_jax.config import RunConfig, TrainConfig, to_dict
 from unet_jax.data.batches import shuffled
 from unet_jax.data.cache import Split, load_split
@@ -112,7 +112,7 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     runs.write_json(options.out / "config.json", to_dict(config))
     framework = {"framework": "pytorch", "torch": torch.__version__, "torch_device": DEVICE}
-    runs.write_json(options.out / "environment.json", runs.environment() | framework)
+    runs.write_json(options.out / "environment.json", environment.current() | framework)
     records: list[dict[str, Any]] = []
     for epoch in range(1, config.train.epochs + 1):
         record = train_epoch(config, network, optimizer, train, epoch)

@@ -15,7 +15,7 @@ from check_faults import own_cache
 from PIL import Image
 
 import unet_jax
-from unet_jax import device, experiment, runs
+from unet_jax import device, environment, experiment, runs
 from unet_jax.config import ModelConfig, RunConfig, default_config, to_dict
 from unet_jax.errors import InputError, names_for_flags
 from unet_jax.signals import noticing
@@ -59,9 +59,36 @@ def test_a_run_from_python_trains_goes_on_and_predicts(run, capsys):
     labels = unet_jax.load(folder)(np.zeros((20, 30, 3), np.uint8))
     assert (labels.shape, labels.dtype) == ((20, 30), np.uint8)
 
+    notes, evaluation = folder / "evaluation-notes", folder / "evaluation-test"
+    for path in (notes, evaluation):
+        path.mkdir()
+    (evaluation / "evaluation.json").write_text("{}")
     run(small(1, seed=1), overwrite=True)
+    assert (notes.exists(), evaluation.exists()) == (True, False)
     assert json.loads((folder / "config.json").read_text())["train"]["seed"] == 1
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_that_goes_on_keeps_where_and_how_it_began(run, monkeypatch):
+    def now(commit: str) -> None:
+        monkeypatch.setattr(environment, "current", lambda: {"device": "a", "git_commit": commit})
+
+    def written(folder: Path) -> dict:
+        return json.loads((folder / "environment.json").read_text())
+
+    now("1")
+    folder = run(small(1))
+    assert written(folder) == {"device": "a", "git_commit": "1"}
+    now("2")
+    second = {"after_epoch": 1, "git_commit": "2"}
+    assert written(run(small(2))) == {"device": "a", "git_commit": "1", "resumed": [second]}
+    environment.write(folder, small(3), 2)
+    assert written(folder)["resumed"] == [second]
+    now("1")
+    environment.write(folder, small(4), 3)
+    assert written(folder)["resumed"] == [second, {"after_epoch": 3, "git_commit": "1"}]
+    environment.write(folder, small(4))  # anew
+    assert written(folder) == {"device": "a", "git_commit": "1"}
 
 
 def test_the_lines_of_the_docstring_run(tmp_path, monkeypatch, run):
@@ -109,9 +136,15 @@ def test_own_network_optimizer_and_loss_train_as_the_page_says(tmp_path, monkeyp
     np.testing.assert_allclose(names["focal"](logits, labels), (2 / 3) ** 2 * loss(logits, labels), rtol=1e-6)
 
 
-def test_lists_in_a_config_make_the_same_run_as_tuples(run, capsys):
-    run(small(1, class_weights=[1.0, 2.0, 1.0]))
-    run(small(1, class_weights=(1.0, 2.0, 1.0)))
+def test_lists_paths_and_numbers_of_numpy_make_the_same_run(run, tmp_path, capsys):
+    first = run(small(1), "first")
+    plain = small(1, class_weights=(1.0, 2.0, 1.0), learning_rate=0.125, init_from=str(first))
+    given = small(
+        np.int64(1), class_weights=[1.0, np.float64(2), 1.0], learning_rate=np.float32(0.125), init_from=first
+    )
+    run(dataclasses.replace(given, data=dataclasses.replace(given.data, data_dir=tmp_path)))
+    capsys.readouterr()
+    run(plain)
     assert "has its 1 epoch already" in capsys.readouterr().out
 
 
@@ -182,6 +215,11 @@ REFUSALS = {
         small(1), data=dataclasses.replace(small(1).data, dataset="folder")
     ),
     "loss has the term 'dice'": small(1, loss="dice"),
+    "^train.schedule is 'linear': choose from constant, cosine$": small(1, schedule="linear"),
+    "^model.precision is 'float16': choose from auto, float32, bfloat16$": dataclasses.replace(
+        small(1), model=ModelConfig(precision="float16")
+    ),
+    "^train.epochs is 1.5: it must be int$": small(1.5),
     "patience 2 goes by a validation part, and there is none: add validation_fraction": small(1, patience=2),
 }
 

@@ -325,7 +325,7 @@ def test_class_weights_that_no_run_can_have(weights):
 
 def test_defaults():
     run = default_config("mp_tr_dice", "folder")
-    assert (run.data.image_size, run.data.class_names, run.train.batch_size) == (240, (), 16)
+    assert (run.data.image_size, run.data.class_names, run.train.batch_size) == (240, (), 0)
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,20 @@ def test_changed_code_and_a_seed_trained_twice_are_rows_of_their_own(tmp_path):
     ]
 
 
+def test_a_run_made_by_several_commits_names_them_all(tmp_path):
+    folders = [make_run(tmp_path / str(seed), seed, [0.5], commit="a" * 40) for seed in range(4)]
+    changes = [{"git_commit": "b" * 40}, {"git_commit": "b" * 40}, {"device": "b card"}]
+    for folder, changed in zip(folders[1:], changes, strict=True):
+        file = folder / "environment.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "resumed": [{"after_epoch": 1, **changed}]}))
+    cells = [row.strip("| ").split(" | ") for row in report.table(map(report.read_run, folders)).splitlines()[2:]]
+    assert [(c[report.HEAD.index("seeds")], *c[-2:]) for c in cells] == [
+        ("0", "a card", "aaaaaaa"),
+        ("1 2", "a card", "aaaaaaa, bbbbbbb"),
+        ("3", "a card, b card", "aaaaaaa"),
+    ]
+
+
 def test_a_run_with_validation_counts_by_its_summary(tmp_path):
     folder = make_run(tmp_path / "run", 0, [0.5])
     record = json.loads((folder / "metrics.jsonl").read_text())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import unet_jax
 from unet_jax import checkpoint, device, folders, plots, runs, train
 from unet_jax.augment import augment
 from unet_jax.commands import evaluate as evaluate_command
@@ -98,11 +99,30 @@ def test_a_batch_size_given_by_hand_is_kept_or_refused(folder, tmp_path, size):
 
 
 @pytest.mark.parametrize(
-    ("flags", "size"), [((), 8), (("--train-examples", 5), 5), (("--validation-fraction", 0.5), 4)]
+    ("flags", "size"),
+    [((), 8), (("--batch-size", 0), 8), (("--train-examples", 5), 5), (("--validation-fraction", 0.5), 4)],
 )
 def test_a_batch_size_that_nobody_gave_fits(folder, flags, size):
     options = parse("--dataset", "folder", "--data-dir", folder, "--image-size", 16, *flags)
     assert options.config.train.batch_size == size
+
+
+def test_a_batch_size_that_nobody_gave_fits_from_python_too(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device, "set_up", lambda folder: None)
+    config = default_config("mp_tr_ce", "folder")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, data_dir=folder, image_size=16),
+        model=ModelConfig(widths=(4, 4)),
+        train=dataclasses.replace(config.train, epochs=1),
+    )
+    for _ in range(2):
+        run = unet_jax.run(config, tmp_path / "run", cache_dir=tmp_path / "cache")
+    assert runs.read_config(run).train.batch_size == 8
+    assert "has its 1 epoch already" in capsys.readouterr().out
+    by_hand = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=16))
+    with pytest.raises(InputError, match="batch_size 16 is larger than the 8 training pictures"):
+        unet_jax.run(by_hand, tmp_path / "by_hand", cache_dir=tmp_path / "cache")
 
 
 def dtypes(tree) -> set[str]:

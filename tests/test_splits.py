@@ -1,6 +1,7 @@
 """Which pictures a run is trained and tested on: lists, names, folders, and runs that go on or are evaluated."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import unicodedata
@@ -12,12 +13,14 @@ from PIL import Image
 from test_folder import COLOURS, as_palette, config, labels, load, save
 from test_run import records
 
-from unet_jax import device, runs
+from unet_jax import device, runs, splits
 from unet_jax.commands import evaluate as evaluate_command
 from unet_jax.commands import train as train_command
+from unet_jax.commands.export import command as export
 from unet_jax.data.batches import validation_rows
 from unet_jax.data.folder import fill_in, sources
 from unet_jax.errors import InputError
+from unet_jax.start import tell_overlap
 
 
 def fill(folder: Path, count: int = 8) -> Path:
@@ -252,6 +255,53 @@ def test_a_run_knows_its_pictures(here, monkeypatch, capsys):
     assert len(records(Path("runs/a"))) == 2
 
 
+def test_test_pictures_that_the_first_weights_have_seen_are_told(here, capsys):
+    write_lists(here / "data")
+    flags = ("--data-dir", "data", "--epochs", 1, "--validation-fraction", 0.3)
+    train(*flags, "--workdir", "runs/a")
+    train(*flags, "--workdir", "runs/same", "--init-from", "runs/a")
+    assert "init_from:" not in capsys.readouterr().out
+    train(*flags, "--workdir", "runs/b", "--init-from", "runs/a", "--seed", 1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("init_from:")]
+    first, second = (splits.read(Path("runs") / name) for name in "ab")
+    tested = [name for name in second["test"] if name not in first["test"]]
+    validated = [name for name in second["validation"] if name in first["train"]]
+    assert tested
+    assert validated
+    assert line == (
+        f"init_from: {len(tested)} of 2 test pictures ({', '.join(tested)}) and {len(validated)} of 2 validation"
+        f" pictures ({', '.join(validated)}) have names that runs/a was trained on: if they are the same pictures,"
+        " their scores will be too good (the same seed and fractions keep the split)"
+    )
+    evaluate("runs/b")
+    assert (
+        f"{len(tested)} of these 2 pictures have names that runs/b, or a run that it started from, was trained on"
+        in (capsys.readouterr().out)
+    )
+
+    # The runs before count as far as they are there.
+    trained = runs.read_config(Path("runs/b"))
+    later = dataclasses.replace(trained, train=dataclasses.replace(trained.train, init_from="runs/b"))
+    tell_overlap(later, {"test": first["train"], "validation": []})
+    count = len(first["train"])
+    assert f"init_from: {count} of {count} test pictures" in capsys.readouterr().out
+    shutil.rmtree("runs/a")
+    tell_overlap(later, {"test": first["test"], "validation": []})
+    left = {*first["test"]} - {*second["test"]}
+    assert f"init_from: {len(left)} of 2 test pictures" in capsys.readouterr().out
+
+    # An export has no names, which may be private.
+    export(["runs/b", "--out", "exported", "--format", "weights"])
+    unknown = "exported has no split.json, so it is not known which pictures it was trained on"
+    evaluate("exported", data_dir="data")
+    assert unknown in capsys.readouterr().out
+    tell_overlap(
+        dataclasses.replace(trained, train=dataclasses.replace(trained.train, init_from="exported")),
+        {"test": ["p0"], "validation": []},
+    )
+    assert capsys.readouterr().out.startswith(f"init_from: {unknown}")
+
+
 def test_a_run_without_test(here, capsys):
     write_lists(here / "data")
     train("--data-dir", "data", "--workdir", "runs/b", "--epochs", 1, "--test-fraction", 0)
@@ -259,7 +309,7 @@ def test_a_run_without_test(here, capsys):
     assert "there are no pictures to test on" in output
     assert "no test after 1 epoch;" in output
     assert "test_loss" not in records(Path("runs/b"))[0]
-    assert sorted(runs.read_split(Path("runs/b"))["train"]) == [f"p{i}" for i in range(8)]
+    assert sorted(splits.read(Path("runs/b"))["train"]) == [f"p{i}" for i in range(8)]
     assert {"metrics.png", "results.png", "summary.json"} <= {path.name for path in Path("runs/b").iterdir()}
     assert not Path("runs/b/scores.csv").exists()
     with pytest.raises(InputError, match="no pictures in the test split: choose another --split, such as all"):

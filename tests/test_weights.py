@@ -80,6 +80,7 @@ def test_commands_take_the_folder_for_a_run(folders, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1 picture in " in printed
     assert ", step 1, " in printed
+    assert "split.json" not in printed  # the splits of synthetic pets are known
 
 
 def test_training_starts_from_them(folders, tmp_path):

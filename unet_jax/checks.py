@@ -37,7 +37,7 @@ def check_config(config: RunConfig) -> None:
     data, model, train = config.data, config.model, config.train
     at_least_one = {
         "epochs": train.epochs,
-        "batch-size": train.batch_size,
+        "batch-size": train.batch_size or None,  # 0 is to be filled in
         "train-examples": data.train_examples,
         "test-examples": data.test_examples,
         "widths": min(model.widths, default=0),

@@ -8,15 +8,14 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-import dacite
 import tyro
 
+from unet_jax import typed
 from unet_jax.errors import InputError
 from unet_jax.published import TEST_LOSSES
 
 FORMAT_VERSION = 1  # of config.json
 SYNTHETIC_EXAMPLES = {"train": 400, "test": 100}  # the default: any number can be drawn
-FOLDER_BATCH_SIZE = 16  # the default, and never more than there are training pictures
 IGNORE_LABEL = 255  # pixels with this label count in no loss, no gradient and no metric
 
 Downsampling = Literal["max_pool", "strided_conv"]
@@ -135,7 +134,7 @@ class TrainConfig:
     loss: str = "cross_entropy"
     """cross_entropy, log_dice, soft_dice, or a weighted sum such as cross_entropy+0.5*soft_dice."""
     batch_size: int = 64
-    """Pictures per step, over all devices. Default for a folder: 16, or all training pictures if those are fewer."""
+    """Pictures per step, over all devices. 0, the default for a folder: 16, or all that are trained on if fewer."""
     epochs: int = 25
     """Passes over the training pictures."""
     learning_rate: float = 1e-3
@@ -203,7 +202,7 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
         return RunConfig(variant, data, model, replace(train, batch_size=16, epochs=5))
     if dataset == "folder":
         data = DataConfig(dataset, class_names=(), white=None)
-        return RunConfig(variant, data, model, replace(train, batch_size=FOLDER_BATCH_SIZE))
+        return RunConfig(variant, data, model, replace(train, batch_size=0))
     return RunConfig(variant, DataConfig(dataset), model, train)
 
 
@@ -223,8 +222,8 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     if version != FORMAT_VERSION:
         raise InputError(f"the config has format version {version}, this version of unet_jax reads {FORMAT_VERSION}")
     try:
-        return dacite.from_dict(RunConfig, fields, dacite.Config(cast=[tuple], strict=True))
-    except (dacite.DaciteError, TypeError) as error:  # TypeError: a number for a list
+        return typed.build(RunConfig, fields)
+    except InputError as error:
         raise InputError(f"the config was made by another version, or edited by hand: {error}") from None
 
 

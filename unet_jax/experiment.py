@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import jax
 
-from unet_jax import checkpoint, device, processes, runs, trackers
+from unet_jax import checkpoint, device, environment, processes, runs, splits, trackers, typed
 from unet_jax.checkpoint import Restored
 from unet_jax.checks import check_config, check_patience
-from unet_jax.config import RunConfig, from_dict, to_dict
+from unet_jax.config import RunConfig, to_dict
 from unet_jax.data.batches import Loader, Parts, validation_rows
 from unet_jax.data.cache import Split
 from unet_jax.data.datasets import fill_in, load_splits, resolve
@@ -25,7 +25,7 @@ from unet_jax.loop import NonFiniteLossError, StepResult, fit
 from unet_jax.metrics import best_epoch
 from unet_jax.progress import Clock, Display
 from unet_jax.results import draw_results, write_results
-from unet_jax.start import resume, settle_precision, start_from, what_is_done
+from unet_jax.start import resume, settle_precision, start_from, tell_overlap, what_is_done
 from unet_jax.trackers import Tracker
 from unet_jax.train import Steps, TrainState, make_steps
 
@@ -65,7 +65,7 @@ def run(
     Raises:
       InputError: the config, the pictures, the folder or `log` cannot be used, or the loss became infinite or NaN.
     """
-    folder, config = Path(workdir), from_dict(to_dict(config))  # a list becomes the tuple that config.json is read as
+    folder, config = Path(workdir), typed.build(RunConfig, dataclasses.asdict(config))  # as config.json is read
     tracker = trackers.chosen(log, folder)
     dataset, notice = resolve(config.data.dataset, config.data.data_dir, download)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset))
@@ -104,26 +104,28 @@ def train_run(
     if done := what_is_done(folder, config, overwrite):
         print(f"{folder} {done}, or --overwrite to start anew")
         return
-    splits = load_splits(config, cache_dir)
-    scale = config.data.scale or splits["train"].scale
+    loaded = load_splits(config, cache_dir)
+    scale = config.data.scale or loaded["train"].scale
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, scale=scale))
-    names = [split.names for split in splits.values()]
+    names = [split.names for split in loaded.values()]
     shared = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=None))
     processes.check_agreement((shared, overwrite, deterministic, bool(log), folder.name, names))
-    parts = divide(config, splits, placement)
+    parts = divide(config, loaded, placement)
     goes_on = not overwrite and checkpoint.exists(folder / "checkpoints")
+    names_of_parts = {name: part.names if part else [] for name, part in parts._asdict().items()}
     initial = None if goes_on else start_from(config, placement)  # before the lock, so that a refusal leaves no folder
+    if not goes_on:
+        tell_overlap(config, names_of_parts)
     with runs.lock(folder):
         if overwrite:
             runs.clear(folder)
-        names_of_parts = {name: part.names if part else [] for name, part in parts._asdict().items()}
-        runs.write_split(folder, names_of_parts, goes_on)
+        splits.write(folder, names_of_parts, goes_on)
         start = initial or resume(folder, config, placement)
         steps_per_epoch = len(parts.train)
         if start.progress.steps(steps_per_epoch) != int(start.state.step):
             raise InputError(f"{folder} was trained on other pictures: choose another --workdir, or --overwrite")
         runs.write_json(folder / "config.json", to_dict(config))
-        runs.write_json(folder / "environment.json", runs.environment() | runs.way_to_data(folder, config))
+        environment.write(folder, config, len(start.progress.records) if goes_on else None)
         per_epoch = f"{steps_per_epoch} step{'s' * (steps_per_epoch > 1)} an epoch"
         print(f"{config.variant} on {config.data.dataset}: {per_epoch}, files in {folder}")
         steps = make_steps(config, placement, steps_per_epoch, deterministic)
@@ -131,9 +133,9 @@ def train_run(
         write_results(config, folder, steps, state, records, parts)
 
 
-def divide(config: RunConfig, splits: Mapping[str, Split], placement: Placement) -> Parts:
+def divide(config: RunConfig, loaded: Mapping[str, Split], placement: Placement) -> Parts:
     """The pictures in batches, part by part; raises InputError for batches that the devices do not divide."""
-    batch_size, split = config.train.batch_size, splits["train"]
+    batch_size, split = config.train.batch_size, loaded["train"]
     training, validation = validation_rows(
         split.names, config.data.validation_fraction, config.train.seed, split.validation
     )
@@ -141,7 +143,7 @@ def divide(config: RunConfig, splits: Mapping[str, Split], placement: Placement)
     return Parts(
         Loader(split, batch_size, placement, training),
         Loader(split, batch_size, placement, validation) if len(validation) else None,
-        Loader(splits["test"], batch_size, placement) if "test" in splits else None,
+        Loader(loaded["test"], batch_size, placement) if "test" in loaded else None,
     )
 
 

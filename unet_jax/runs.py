@@ -2,14 +2,11 @@
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +18,7 @@ from jax.experimental import multihost_utils
 from unet_jax import weights
 from unet_jax.checkpoint import Progress, Restored, exists, restore
 from unet_jax.config import RunConfig, from_dict
-from unet_jax.device import Placement, describe, fast_layers, placement
+from unet_jax.device import Placement
 from unet_jax.errors import InputError
 from unet_jax.train import TrainState, init_state, make_model, make_optimizer
 
@@ -29,7 +26,6 @@ FILES = (
     *("config.json", "environment.json", "split.json", "metrics.jsonl", "summary.json", "scores.csv"),
     *("metrics.png", "results.png"),
 )
-PACKAGES = ("unet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "pillow")
 
 
 @contextlib.contextmanager
@@ -67,69 +63,6 @@ def write_records(folder: Path, records: list[dict[str, Any]]) -> None:
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records in metrics.jsonl, one for each epoch."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def environment() -> dict[str, Any]:
-    """Where and how a run is made: versions, devices, command, git commit where there is one."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    return {
-        "device": describe().removeprefix("device: "),
-        "backend": jax.default_backend(),
-        "devices": jax.device_count(),
-        "layers": fast_layers(placement()).__name__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": commit,
-    }
-
-
-def write_split(folder: Path, split: Mapping[str, Sequence[str]], goes_on: bool) -> None:
-    """Makes split.json hold the names of the pictures in each split.
-
-    Raises:
-      InputError: the run continues, and its split.json has other names. A run of an older version has no split.json.
-    """
-    before = read_split(folder) if goes_on else {}
-    changed = [part for part in before if before[part] != list(split[part])]
-    if changed:
-        others = sorted(set(before[changed[0]]) ^ set(split[changed[0]])) or ["in another order"]
-        raise InputError(
-            f"{folder} has other pictures in its {' and '.join(changed)} split, by the names in its split.json"
-            f" ({', '.join(others[:3])}{', ...' * (len(others) > 3)}): choose another --workdir, or --overwrite"
-        )
-    write_json(folder / "split.json", split)
-
-
-def read_split(folder: Path) -> dict[str, list[str]]:
-    """The names of the pictures in each split of the run in `folder`; {} of a run that an older version made.
-
-    Raises:
-      InputError: the file cannot be read.
-    """
-    try:
-        return dict(json.loads((folder / "split.json").read_text()))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder}/split.json cannot be read ({error})") from None
-
-
-def way_to_data(folder: Path, config: RunConfig) -> dict[str, str]:
-    """For environment.json: the path from the run's folder to a relative data_dir, so that both can move together."""
-    data_dir = config.data.data_dir
-    if not data_dir or os.path.isabs(data_dir):
-        return {}
-    return {"data_dir": os.path.relpath(os.path.realpath(data_dir), folder.resolve())}
 
 
 def data_dir(folder: Path, config: RunConfig) -> str | None:
@@ -220,8 +153,9 @@ def clear(folder: Path) -> None:
     """Removes a run's own files from its folder, and nothing else. Of many processes, the first; the others wait."""
     if jax.process_index() == 0:
         (folder / "config.json").unlink(missing_ok=True)  # first: without it what is left is no run
-        for name in ("checkpoints", "best", "tensorboard"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        evaluations = [file.parent for file in folder.glob("evaluation-*/evaluation.json")]  # of what is removed here
+        for path in (*(folder / name for name in ("checkpoints", "best", "tensorboard")), *evaluations):
+            shutil.rmtree(path, ignore_errors=True)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
     multihost_utils.sync_global_devices("run folder cleared")

@@ -2,14 +2,16 @@
 
 import dataclasses
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from unet_jax import device, runs, train
+from unet_jax import device, runs, splits, train, weights
 from unet_jax.checkpoint import Progress, Restored
 from unet_jax.config import RunConfig, differences
+from unet_jax.data.classes import some
 from unet_jax.device import Placement
 from unet_jax.errors import InputError
 from unet_jax.loop import out_of_patience
@@ -60,6 +62,31 @@ def start_from(config: RunConfig, placement: Placement) -> Restored:
         theirs, restored = runs.load(Path(config.train.init_from), placement)
         state = state._replace(**taken_over(config, theirs, state.params, train.variables(restored.state)))
     return Restored(jax.device_put(state, placement.replicated), Progress([], []), [])
+
+
+def tell_overlap(config: RunConfig, names: Mapping[str, Sequence[str]]) -> None:
+    """Prints a line if the run of --init-from knows test or validation pictures already. `names` are those by part.
+
+    Raises:
+      InputError: the split.json of that run cannot be read.
+    """
+    run = config.train.init_from
+    if not run:
+        return
+    seen = splits.seen(Path(run), config.train.seed)
+    told = []
+    for part, known in (("test", seen.train | seen.validation), ("validation", seen.train)):
+        if both := [name for name in names[part] if name in known]:
+            told.append(f"{len(both)} of {len(names[part])} {part} pictures ({some(both)})")
+    if told:
+        print(
+            f"init_from: {' and '.join(told)} have names that {run} was trained on: if they are the same pictures,"
+            " their scores will be too good (the same seed and fractions keep the split)"
+        )
+    folder = weights.find(run)
+    kinds = {config.data.dataset, runs.read_config(folder).data.dataset}
+    if kinds == {"folder"} and not splits.read(folder):  # an export; the splits of other datasets are known
+        print(f"init_from: {run} {splits.UNKNOWN}")
 
 
 def taken_over(config: RunConfig, theirs: RunConfig, fresh: Any, variables: dict[str, Any]) -> dict[str, Any]:

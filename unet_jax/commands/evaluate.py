@@ -47,21 +47,21 @@ class Options:
 
 def is_own(options: Options, config: "RunConfig", found: "dict[str, Source]") -> bool:
     """Whether these are the pictures of the run itself. A folder that was moved is recognized by their names."""
-    from unet_jax import runs
+    from unet_jax import runs, splits
 
     if not (options.data_dir or options.dataset):
         return True
     with contextlib.suppress(InputError, OSError):  # the run's own folder may be gone
         if os.path.samefile(options.data_dir or "", runs.data_dir(options.run, config) or ""):
             return True
-    names = runs.read_split(options.run)
+    names = splits.read(options.run)
     trained = {*names.get("train", []), *names.get("validation", [])}
     return bool(trained) and trained <= {*found["train"].names} and {*names["test"]} <= {*found["test"].names}
 
 
 def pick(options: Options, config: "RunConfig") -> "tuple[str, str, Split]":
     """The dataset's name, the split's, and its pictures."""
-    from unet_jax import runs
+    from unet_jax import runs, splits
     from unet_jax.data.cache import Split, load_split
     from unet_jax.data.datasets import resolve, sources, whole
     from unet_jax.folders import default_cache_dir
@@ -93,14 +93,16 @@ def pick(options: Options, config: "RunConfig") -> "tuple[str, str, Split]":
         split = load_split(source, data.image_size, count, cache)
         split = part_of_train(split, name, config)
         # A run that an older version made has no names.
-        if own and split.names != runs.read_split(options.run).get(name, split.names):
+        if own and split.names != splits.read(options.run).get(name, split.names):
             raise InputError(
                 f"{data_dir or dataset} has other {name} pictures than {options.run} had: --split all scores them all"
             )
         first = slice(options.examples)
         split = Split(split.images[first], split.labels[first], split.names[first])
     if name in ("test", "all"):
-        check_unseen(options.run, split, own and name == "test")
+        if dataset == "folder" and not splits.read(options.run):
+            print(f"{options.run} {splits.UNKNOWN}")
+        check_unseen(options.run, split, own and name == "test", config.train.seed)
     return dataset, name, split
 
 
@@ -114,19 +116,26 @@ def part_of_train(train: "Split", name: str, config: "RunConfig") -> "Split":
     return Split(train.images[rows], train.labels[rows], [train.names[i] for i in rows])
 
 
-def check_unseen(run: Path, split: "Split", own: bool) -> None:
-    """Prints how many pictures have names that the run was trained on; InputError if they are its own test split."""
-    from unet_jax import runs
+def check_unseen(run: Path, split: "Split", own: bool, seed: int) -> None:
+    """Prints how many pictures have names that the run was trained on; InputError if they are its own test split.
+
+    What the runs were trained on that it started from (--init-from) counts too, but is never refused.
+    """
+    from unet_jax import splits
     from unet_jax.data.classes import some
 
-    names = runs.read_split(run)
-    trained = {*names.get("train", []), *names.get("validation", [])}
-    seen = [n for n in split.names if n in trained]
-    text = f"{len(seen)} of these {len(split.names)} pictures have names that {run} was trained on ({some(seen)})"
-    if seen and own:
-        raise InputError(f"{text}: the folder's lists or pictures have changed since; --split all scores them anyway")
-    if seen:
-        print(text)
+    def text(seen: list[str], by: str) -> str:
+        return f"{len(seen)} of these {len(split.names)} pictures have names that {by} was trained on ({some(seen)})"
+
+    names = splits.read(run)
+    itself = {*names.get("train", []), *names.get("validation", [])}
+    trained = frozenset().union(*splits.seen(run, seed))
+    if own and (seen := [n for n in split.names if n in itself]):
+        raise InputError(
+            f"{text(seen, str(run))}: the folder's lists or pictures have changed since; --split all scores them anyway"
+        )
+    if seen := [n for n in split.names if n in trained]:
+        print(text(seen, f"{run}" if {*seen} <= itself else f"{run}, or a run that it started from,"))
 
 
 def evaluate_run(options: Options) -> None:

@@ -152,7 +152,7 @@ def main(options: Options) -> None:
         raise InputError(f"{options.out} is not empty: choose another --out")
     import jax.numpy as jnp
 
-    from unet_jax import checkpoint, device, runs, train
+    from unet_jax import checkpoint, device, environment, runs, train
     from unet_jax.from_pytorch import variables_from_state_dict
 
     model = train.make_model(config.model, len(config.data.class_names), device.placement())
@@ -163,7 +163,7 @@ def main(options: Options) -> None:
     with runs.lock(options.out):
         with checkpoint.manager(options.out / "checkpoints", 0) as checkpoints:
             checkpoint.save(checkpoints, state, checkpoint.Progress([], []))
-        runs.write_json(options.out / "environment.json", runs.environment())
+        environment.write(options.out, config)
         runs.write_json(options.out / "config.json", to_dict(config))
     print(f"{options.out}: {options.variant} with the weights of {options.weights}")
 

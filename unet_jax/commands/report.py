@@ -38,9 +38,19 @@ class Run(NamedTuple):
 
     @property
     def commit(self) -> str:
-        """The first digits of the git commit, and -dirty if the code was changed since; or -."""
-        commit, changed, _ = (self.environment.get("git_commit") or "-").partition("-dirty")
-        return commit[:7] + changed
+        """The first digits of each git commit that made the run, and -dirty if the code was changed since; or -."""
+        commits = [(commit or "-").partition("-dirty") for commit in self._over_time("git_commit")]
+        return ", ".join(commit[:7] + changed for commit, changed, _ in commits) or "-"
+
+    @property
+    def device(self) -> str:
+        """The devices that made the run."""
+        return ", ".join(map(str, self._over_time("device")))
+
+    def _over_time(self, name: str) -> list[str | None]:
+        # Of the run's beginning, and of each part of it that was made otherwise (`environment.write`).
+        parts = (self.environment, *self.environment.get("resumed", []))
+        return list(dict.fromkeys(part[name] for part in parts if name in part))
 
 
 def read_run(folder: Path) -> Run:
@@ -49,8 +59,9 @@ def read_run(folder: Path) -> Run:
     Raises:
       InputError: the folder is no run, has no finished epoch, or has a validation part and is not finished.
     """
+    from unet_jax import splits
     from unet_jax.metrics import best_epoch, held_out
-    from unet_jax.runs import read_config, read_split
+    from unet_jax.runs import read_config
 
     config = read_config(folder)
     try:
@@ -69,7 +80,7 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder} has no finished epoch")
     if finished != len(records):
         raise InputError(f"{folder} is no finished run: it has gone on since its summary.json was written")
-    names = frozenset(name for part in read_split(folder).values() for name in part)
+    names = frozenset(name for part in splits.read(folder).values() for name in part)
     data, pictures = config.data, None
     if data.dataset == "folder" and data.data_dir:  # environment.json has the way to a relative one
         pictures = os.path.realpath(folder.resolve() / environment.get("data_dir", Path(data.data_dir).absolute()))
@@ -121,17 +132,14 @@ def row(runs: list[Run]) -> str:
         score("pixel_accuracy"),
         spread((statistics.median(r["seconds"] for r in run.records) for run in runs), ".1f"),
         spread((statistics.median(r["images_per_second"] for r in run.records) for run in runs), ".0f"),
-        runs[0].environment["device"], runs[0].commit,
+        runs[0].device, runs[0].commit,
     )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |\n"
 
 
 def share_a_row(one: Run, other: Run) -> bool:
     """Whether two runs, of the same code and pictures, differ in their seeds and in nothing else that a table tells."""
-    made = [
-        (run.framework, run.environment["device"], run.commit, len(run.records), run.pictures, run.names)
-        for run in (one, other)
-    ]
+    made = [(run.framework, run.device, run.commit, len(run.records), run.pictures, run.names) for run in (one, other)]
     changed = [text.split(": ")[0] for text in differences(one.config, other.config)]
     return made[0] == made[1] and changed == ["train.seed"]
 

@@ -56,7 +56,6 @@ def parse(argv: Sequence[str], prog: str | None = None) -> list[Options]:
     first.add_argument("--variant", default="mp_tr_dice")
     first.add_argument("--dataset", choices=get_args(DatasetName), default="auto")
     first.add_argument("--data-dir", "--data_dir")
-    first.add_argument("--batch-size", "--batch_size")
     first.add_argument("--download", action="store_true")
     chosen, _ = first.parse_known_args(argv)
     names = list(PUBLISHED) if chosen.variant == "all" else [chosen.variant]
@@ -82,10 +81,9 @@ def parse(argv: Sequence[str], prog: str | None = None) -> list[Options]:
         check_config(config)
         if not options.distributed and (options.coordinator or options.processes or options.process_id):
             raise InputError("--coordinator, --processes and --process-id go with --distributed")
-        from unet_jax.data.datasets import choose_batch_size, fill_in
+        from unet_jax.data.datasets import fill_in
 
         config = fill_in(config)
-        config = config if chosen.batch_size else choose_batch_size(config)
         check_config(config)  # again, with the classes of a folder
         folder = Path(options.workdir or ("runs" if chosen.variant == "all" else f"runs/{name}"))
         folder = folder / name if chosen.variant == "all" else folder

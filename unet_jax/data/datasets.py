@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from unet_jax.checks import check_classes_of_data
-from unet_jax.config import FOLDER_BATCH_SIZE, SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig, sides
+from unet_jax.config import SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig, sides
 from unet_jax.data import folder, oxford_iiit_pet, synthetic
 from unet_jax.data.cache import Split, load_split
 from unet_jax.data.source import Source
 from unet_jax.errors import InputError
 from unet_jax.folders import default_cache_dir
+
+DEFAULT_BATCH_SIZE = 16  # where a config has 0, and never more than there are pictures to train on
 
 
 def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple[DatasetName, str | None]:
@@ -42,23 +44,18 @@ def resolve(dataset: DatasetName, data_dir: str | None, download: bool) -> tuple
 
 
 def fill_in(config: RunConfig) -> RunConfig:
-    """A resolved config, completed with what a folder decides: class names, and how its files are read.
+    """A resolved config, completed with what a folder decides: class names, how its files are read, the batch size.
 
     Raises:
       InputError: the folder cannot be used.
     """
-    if config.data.dataset != "folder":
-        return config
-    return dataclasses.replace(config, data=folder.fill_in(config.data, config.train.seed))
-
-
-def choose_batch_size(config: RunConfig) -> RunConfig:
-    """A complete config with the default batch size: for a folder, never more than there are pictures to train on."""
-    if config.data.dataset != "folder":
-        return config
-    available = training_pictures(config.data, sources(config.data, config.train.seed)["train"].size)
-    train = dataclasses.replace(config.train, batch_size=min(FOLDER_BATCH_SIZE, max(available, 1)))
-    return dataclasses.replace(config, train=train)
+    data, batch_size = config.data, config.train.batch_size
+    if data.dataset == "folder":
+        data = folder.fill_in(data, config.train.seed)
+    if not batch_size:
+        available = training_pictures(data, sources(data, config.train.seed)["train"].size)
+        batch_size = min(DEFAULT_BATCH_SIZE, max(available, 1))
+    return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, batch_size=batch_size))
 
 
 def training_pictures(config: DataConfig, size: int) -> int:

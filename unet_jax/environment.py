@@ -1,0 +1,76 @@
+"""environment.json: where and how a run is made, also one that goes on elsewhere."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from unet_jax import runs
+from unet_jax.config import RunConfig
+from unet_jax.device import describe, fast_layers, placement
+
+PACKAGES = ("unet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "pillow")
+
+
+def current() -> dict[str, Any]:
+    """Where and how this process makes a run: versions, devices, command, git commit where there is one."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {
+        "device": describe().removeprefix("device: "),
+        "backend": jax.default_backend(),
+        "devices": jax.device_count(),
+        "layers": fast_layers(placement()).__name__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": commit,
+    }
+
+
+def write(folder: Path, config: RunConfig, epochs: int | None = None) -> None:
+    """Writes the environment.json of a run that begins, or that goes on after this many `epochs`.
+
+    One that goes on keeps what was written before, and adds what differs from it now to the list "resumed". Only the
+    way to the data is that of now, as in config.json.
+    """
+    now = current()
+    before = _read(folder) if epochs is not None else {}
+    before.pop("data_dir", None)
+    resumed = before.pop("resumed", [])
+    latest = {name: value for part in (before, *resumed) for name, value in part.items()}
+    changed = {name: value for name, value in now.items() if name not in latest or latest[name] != value}
+    if before and changed:
+        resumed = [*resumed, {"after_epoch": epochs, **changed}]
+    value = {**(before or now), **_way_to_data(folder, config), **({"resumed": resumed} if resumed else {})}
+    runs.write_json(folder / "environment.json", value)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "environment.json").read_text()))
+    except (OSError, ValueError, TypeError):  # lost, or damaged: the run goes on without
+        return {}
+
+
+def _way_to_data(folder: Path, config: RunConfig) -> dict[str, str]:
+    """For environment.json: the path from the run's folder to a relative data_dir, so that both can move together."""
+    data_dir = config.data.data_dir
+    if not data_dir or os.path.isabs(data_dir):
+        return {}
+    return {"data_dir": os.path.relpath(os.path.realpath(data_dir), folder.resolve())}
