@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import tyro
 
@@ -186,8 +186,10 @@ def default_config(variant: str, dataset: DatasetName) -> RunConfig:
     """The settings of a variant (as published, if it was), at a size that suits the dataset.
 
     Raises:
-      InputError: no such variant.
+      InputError: no such variant, or no such dataset.
     """
+    if dataset not in get_args(DatasetName):
+        raise InputError(f"unknown dataset {dataset!r}: choose from {', '.join(get_args(DatasetName))}")
     if variant not in VARIANTS:
         near = difflib.get_close_matches(variant, VARIANTS, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(VARIANTS)}, all"
