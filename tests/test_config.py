@@ -107,7 +107,7 @@ def test_an_unknown_variant_is_refused_with_what_is_near(variant, hint):
 
 
 def test_an_unknown_dataset_is_refused_with_the_choices():
-    with pytest.raises(InputError, match="unknown dataset 'pets': choose from auto, oxford_iiit_pet, synthetic, folder"):
+    with pytest.raises(InputError, match="unknown dataset 'pets': choose from auto, oxford_iiit_pet, synthetic"):
         default_config("mp_tr_dice", "pets")
 
 
