@@ -11,9 +11,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/gpu} seeds=${SEEDS:-0 1 2} variants=${VARIANTS:-mp_tr_ce mp_tr_dice strconv_tr_ce strconv_ups_dice}
 mkdir -p "$out"
-try() { # what fails leaves the others their time
-    python "$@" || echo "failed: $*" >>"$out/failed.txt"
-}
+rm -f "$out/failed.txt"
+failed() { echo "failed: $*" >>"$out/failed.txt"; }
+try() { python "$@" || failed "$@"; } # what fails leaves the others their time
 run() { # folder, then flags of run.py
     try experiments/run.py --workdir "$@"
 }
@@ -27,9 +27,8 @@ for seed in $seeds; do
         theirs=$out/pytorch/$variant
         if [ -z "${SKIP_TORCH:-}" ] && [ "$seed" = 0 ] && [ ! -e "$theirs" ]; then
             rm -rf "$theirs.part" # it cannot go on where it was stopped
-            if python experiments/train_pytorch.py "$out/seed0/$variant" --out "$theirs.part"; then
-                mv "$theirs.part" "$theirs"
-            fi
+            theirs_of=(experiments/train_pytorch.py "$out/seed0/$variant" --out "$theirs.part")
+            if python "${theirs_of[@]}"; then mv "$theirs.part" "$theirs"; else failed "${theirs_of[@]}"; fi
         fi
     done
 done
@@ -44,3 +43,7 @@ for variant in $variants; do
     if [ -e "$out/pytorch/$variant" ]; then finished+=("$out/pytorch/$variant"); fi
 done
 try experiments/report.py "${finished[@]}" --out "$out"
+if [ -e "$out/failed.txt" ]; then
+    cat "$out/failed.txt" >&2
+    exit 1
+fi

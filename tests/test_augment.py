@@ -27,6 +27,13 @@ def test_nothing_changes_nothing():
     np.testing.assert_array_equal(recolour(images, change()), images)
 
 
+def test_large_pictures_keep_their_pixels():
+    labels = (np.arange(4100 * 4200) % 2).astype(np.uint8).reshape(1, 4100, 4200)  # more than float32 counts
+    images = np.zeros((*labels.shape, 1), np.uint8)
+    _, moved = jax.jit(warp)(images, labels, Change(*(p[:1] for p in change())))
+    np.testing.assert_array_equal(moved, labels)
+
+
 def test_moves_that_pixels_can_make_exactly():
     flipped = warp(IMAGES, LABELS, change(flip=-1))
     for ours, original in zip(flipped, (IMAGES, LABELS), strict=True):

@@ -1,5 +1,6 @@
 """The cache of decoded pictures: what it holds, when it is made anew, and that a broken one is never used."""
 
+import errno
 import fcntl
 import json
 import os
@@ -41,7 +42,10 @@ def test_decodes_once_and_again_only_when_something_changed(tmp_path):
     assert len(reads) == 5 + 5 + 2 + 5
 
 
-@pytest.mark.parametrize("damage", ["flip a byte", "truncate", "no meta", "half meta", "no labels", "empty folder"])
+DAMAGE = ["flip a byte", "truncate", "empty", "header", "no meta", "half meta", "no labels", "empty folder"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_made_anew(tmp_path, damage):
     reads: list[int] = []
     good = np.array(cache.load_split(counting_source(reads), 16, None, tmp_path).images)
@@ -53,6 +57,10 @@ def test_a_damaged_cache_is_made_anew(tmp_path, damage):
         images.write_bytes(content)
     elif damage == "truncate":
         images.write_bytes(images.read_bytes()[:-100])
+    elif damage == "empty":
+        images.write_bytes(b"")
+    elif damage == "header":
+        images.write_bytes(images.read_bytes().replace(b"'descr'", b"'descr"))
     elif damage == "no meta":
         meta.unlink()
     elif damage == "half meta":
@@ -76,9 +84,12 @@ def test_a_bad_picture_ends_it_by_name_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1000))
-    with pytest.raises(InputError, match="no room for the cache"):
+def test_no_room_is_said_before_anything_is_decoded(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="no room for the cache: 0 MB needed in "):
         cache.load_split(counting_source([]), 16, None, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

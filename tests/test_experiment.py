@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import signal
+import subprocess
 import textwrap
 import threading
 from pathlib import Path
@@ -67,6 +68,37 @@ def test_a_run_from_python_trains_goes_on_and_predicts(run, capsys):
     assert (notes.exists(), evaluation.exists()) == (True, False)
     assert json.loads((folder / "config.json").read_text())["train"]["seed"] == 1
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_that_another_process_finished_in_the_meantime_is_not_taken_for_ones_own(run, monkeypatch):
+    load_splits, other = experiment.load_splits, small(1, learning_rate=0.5)
+
+    def slow(config, cache_dir):
+        monkeypatch.setattr(experiment, "load_splits", load_splits)
+        run(small(1))  # the other process, while this one decodes its pictures
+        return load_splits(config, cache_dir)
+
+    monkeypatch.setattr(experiment, "load_splits", slow)
+    with pytest.raises(InputError, match=r"holds a run with another config \(train.learning_rate: 0.001 -> 0.5\)"):
+        run(other)
+
+
+def test_the_commit_is_that_of_the_packages_own_repository(tmp_path):
+    def git(*words):
+        given = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        subprocess.run(given, check=True, capture_output=True)
+
+    package = tmp_path / "venv" / "unet_jax"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (tmp_path / ".gitignore").write_text("venv")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "theirs")
+    assert environment._git_commit(package) is None
+    git("add", "--force", ".")
+    git("commit", "-qm", "ours")
+    assert re.fullmatch("[0-9a-f]{40}", environment._git_commit(package) or "")
 
 
 def test_a_run_that_goes_on_keeps_where_and_how_it_began(run, monkeypatch):

@@ -75,8 +75,8 @@ def message(state_dict, model):
 def test_names_and_shapes_are_those_of_init(down, up):
     widths = (2, 3, 4, 5, 6)
     model = make_model(down, up, widths, num_classes=5)
-    variables = variables_from_state_dict(make_state_dict(down, up, widths, num_classes=5, channels=1), model)
-    expected = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32))
+    variables = variables_from_state_dict(make_state_dict(down, up, widths, num_classes=5), model)
+    expected = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), expected
     )
@@ -142,6 +142,12 @@ def test_missing_and_unexpected_names_are_listed():
     assert "conv6.bias" in text
     assert "5 unexpected (extra0.weight, extra1.weight, extra2.weight, ...)" in text
     assert "looks like" not in text
+
+
+def test_weights_of_grey_pictures_are_refused():
+    assert "1 of another shape (cblock1.conv1.weight (4, 1, 3, 3) instead of (4, 3, 3, 3))" in message(
+        make_state_dict(channels=1), make_model()
+    )
 
 
 def test_wrong_shapes_are_listed_in_pytorchs_order():

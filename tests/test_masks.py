@@ -1,5 +1,7 @@
 """What masks and pictures of other tools mean, where a file alone does not say it: read right, or refused."""
 
+import contextlib
+import io
 import json
 import struct
 import zlib
@@ -189,6 +191,39 @@ def test_shapes_in_alpha_alone_are_refused(tmp_path):
     for stem in "ab":
         save(tmp_path, stem, along)
     np.testing.assert_array_equal(load(tmp_path)[1]["a"].labels, SQUARE)
+
+
+def flipped_unseen(path: Path) -> bytes:
+    """The bytes of a PNG with a bit flipped so that Pillow loads other values without an error."""
+    content, values = path.read_bytes(), np.asarray(Image.open(path))
+    for i in range(content.index(b"IDAT") + 4, len(content) - 16):
+        flipped = bytearray(content)
+        flipped[i] ^= 4
+        with contextlib.suppress(Exception):
+            if (np.asarray(Image.open(io.BytesIO(flipped))) != values).any():
+                return bytes(flipped)
+    raise AssertionError("Pillow sees every one")
+
+
+def test_a_png_with_a_flipped_bit_is_refused(tmp_path):
+    blocks = np.kron(np.random.default_rng(0).integers(0, 3, (20, 20)), np.ones((4, 4))).astype(np.uint8)
+    save(tmp_path, "a", blocks, np.stack([blocks * 100] * 3, -1))
+    for part in ("masks", "images"):
+        file = tmp_path / part / "a.png"
+        good = file.read_bytes()
+        file.write_bytes(flipped_unseen(file))
+        assert f"files that cannot be used: 1 ({part}/a.png: broken PNG file" in refusal(tmp_path, fraction=0)
+        file.write_bytes(good)
+
+
+def test_masks_in_a_tiff_that_is_compressed_as_jpeg_are_refused(tmp_path):
+    save(tmp_path, "a", SQUARE)
+    mask = tmp_path / "masks" / "a.png"
+    Image.open(mask).save(mask.with_suffix(".tif"), compression="jpeg")
+    mask.unlink()
+    assert "a.tif: is a TIFF compressed as JPEG, whose values are not" in refusal(tmp_path, fraction=0)
+    Image.fromarray(SQUARE).save(mask.with_suffix(".tif"), compression="tiff_lzw")
+    np.testing.assert_array_equal(load(tmp_path, fraction=0)[1]["a"].labels, SQUARE)
 
 
 def test_negative_values_are_no_classes(tmp_path):

@@ -125,6 +125,24 @@ def test_a_run_without_a_finished_epoch_is_refused_as_such(tmp_path):
         report.read_run(folder)
 
 
+def test_runs_tested_on_fewer_pictures_say_so(tmp_path):
+    folders = [make_run(tmp_path / name, 0, [0.5]) for name in ("all", "fewer")]
+    config = json.loads((folders[1] / "config.json").read_text())
+    config["data"]["test_examples"] = 4
+    (folders[1] / "config.json").write_text(json.dumps(config))
+    _, _, *rows = report.table(map(report.read_run, folders)).splitlines()
+    assert [row.split(" | ")[5] for row in rows] == ["-", "test_examples 4"]
+
+
+def test_a_folder_of_pictures_whose_name_is_not_utf8(tmp_path):
+    folder = make_run(tmp_path / "run", 0, [0.5])
+    config = json.loads((folder / "config.json").read_text())
+    config["data"] |= {"dataset": "folder", "data_dir": "/caf\udce9"}
+    (folder / "config.json").write_text(json.dumps(config))
+    report.write_comparison(report.finished_runs([folder]), tmp_path)
+    assert b"folder caf\xe9 |" in (tmp_path / "comparison.md").read_bytes()
+
+
 def test_runs_on_other_pictures_are_rows_of_their_own(tmp_path):
     folders = [make_run(tmp_path / f"run{seed}", seed, [0.5]) for seed in range(6)]
     given = [("pictures/X", "a"), ("pictures/Y", "a"), ("pictures/X", "a"), ("pictures/X", "b"), ("other/X", "a")]

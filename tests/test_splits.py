@@ -89,6 +89,15 @@ def test_lists_may_name_files(tmp_path):
     assert (found["train"], found["test"]) == (["p0", "p1"], ["p2"])
 
 
+def test_lists_of_powershell_are_read(tmp_path):
+    write_lists(fill(tmp_path), test="p1 p2")
+    before = split_of(tmp_path)
+    (tmp_path / "test.txt").write_text("p1\r\np2\r\n", "utf-16")
+    assert split_of(tmp_path) == before
+    (tmp_path / "train.txt").mkdir()  # no list
+    assert split_of(tmp_path) == before
+
+
 def test_names_match_in_whichever_form_their_accents_are_written(tmp_path):
     fill(tmp_path, 3)
     for i in range(3):

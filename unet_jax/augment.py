@@ -76,7 +76,7 @@ def warp(images: ArrayLike, labels: ArrayLike, change: Change) -> tuple[Array, A
     packed = jnp.pad(packed, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
     corners = [packed[:, :h, :w], packed[:, :h, 1:], packed[:, 1:, :w], packed[:, 1:, 1:]]
     rows = jnp.concatenate(corners, -1).reshape(n, h * w, -1)
-    index = (top * w + left).astype(jnp.int32).reshape(n, h * w)
+    index = (top.astype(jnp.int32) * w + left.astype(jnp.int32)).reshape(n, h * w)  # float32 counts to 2^24 alone
     taken = jax.vmap(lambda row, i: row[i])(rows, index).reshape(n, h, w, 4, channels + 1)
     colours = taken[..., :channels].astype(jnp.float32)
     upper = colours[..., 0, :] * (1 - right) + colours[..., 1, :] * right

@@ -25,11 +25,6 @@ def current() -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
     return {
         "device": describe().removeprefix("device: "),
         "backend": jax.default_backend(),
@@ -39,8 +34,22 @@ def current() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": commit,
+        "git_commit": _git_commit(Path(__file__).parent),
     }
+
+
+def _git_commit(package: Path) -> str | None:
+    """The commit of the repository that has the package's files, with -dirty if they were changed since."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # else it is another's, around an installed package
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def write(folder: Path, config: RunConfig, epochs: int | None = None) -> None:

@@ -111,16 +111,20 @@ def train_run(
     shared = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=None))
     processes.check_agreement((shared, overwrite, deterministic, bool(log), folder.name, names))
     parts = divide(config, loaded, placement)
-    goes_on = not overwrite and checkpoint.exists(folder / "checkpoints")
     names_of_parts = {name: part.names if part else [] for name, part in parts._asdict().items()}
-    initial = None if goes_on else start_from(config, placement)  # before the lock, so that a refusal leaves no folder
-    if not goes_on:
+    initial = None
+    if overwrite or not checkpoint.exists(folder / "checkpoints"):
+        initial = start_from(config, placement)  # before the lock, so that a refusal leaves no folder
         tell_overlap(config, names_of_parts)
     with runs.lock(folder):
+        if done := what_is_done(folder, config, overwrite):  # by another process in the meantime
+            print(f"{folder} {done}, or --overwrite to start anew")
+            return
         if overwrite:
             runs.clear(folder)
+        goes_on = checkpoint.exists(folder / "checkpoints")
         splits.write(folder, names_of_parts, goes_on)
-        start = initial or resume(folder, config, placement)
+        start = resume(folder, config, placement) if goes_on or not initial else initial
         steps_per_epoch = len(parts.train)
         if start.progress.steps(steps_per_epoch) != int(start.state.step):
             raise InputError(f"{folder} was trained on other pictures: choose another --workdir, or --overwrite")

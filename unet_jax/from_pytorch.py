@@ -31,8 +31,7 @@ def variables_from_state_dict(state_dict: Mapping[str, np.ndarray], model: UNet)
     """
     levels = len(model.widths)
     arrays = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): array for name, array in state_dict.items()}
-    first = np.shape(arrays.get(FIRST, ()))  # [O, I, 3, 3]
-    images = jnp.zeros((1, 2 ** (levels - 1), 2 ** (levels - 1), first[1] if len(first) == 4 else 3))
+    images = jnp.zeros((1, 2 ** (levels - 1), 2 ** (levels - 1), 3))
     leaves, tree = jax.tree.flatten_with_path(jax.eval_shape(model.init, jax.random.key(0), images))
     layers = _torch_layers(model)
     tensors = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}

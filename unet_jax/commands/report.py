@@ -90,7 +90,7 @@ def read_run(folder: Path) -> Run:
 HEAD = ("variant", "data", "size", "pictures", "epochs", "other settings", "framework", "seeds", "published best loss",
         "test loss", "best test loss", "mean IoU", "IoU by class", "pixel accuracy", "s / epoch", "images/s",
         "device", "commit")  # fmt: skip
-IN_COLUMNS = {f"data.{name}" for name in ("dataset", "image_size", "train_examples", "test_examples")}
+IN_COLUMNS = {f"data.{name}" for name in ("dataset", "image_size", "train_examples")}
 IN_COLUMNS |= {"train.seed", "train.epochs"}
 
 
@@ -180,6 +180,7 @@ def table(runs: Iterable[Run]) -> str:
 def write_comparison(runs: dict[Path, Run], out: Path | None = None, name: str = "comparison") -> None:
     """Writes NAME.md and NAME.png about the runs in these folders, to `out` or the folder that holds the first."""
     from unet_jax import plots
+    from unet_jax.runs import write_text
 
     out = out or next(iter(runs)).parent
     out.mkdir(parents=True, exist_ok=True)
@@ -192,7 +193,7 @@ def write_comparison(runs: dict[Path, Run], out: Path | None = None, name: str =
         " the batch means, after the last epoch, or with a validation part after the best; (validation) means that"
         " there was no test. Several seeds: mean (lowest to highest). Times are an epoch's median.\n"
     )
-    (out / f"{name}.md").write_text(f"{text}\n{note}")
+    write_text(out / f"{name}.md", f"{text}\n{note}")
     panels: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for label, run in zip(labels, runs.values(), strict=True):
         panels.setdefault(run.config.variant, {})[label] = run.records

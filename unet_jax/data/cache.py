@@ -1,6 +1,7 @@
 """A split decoded once into uint8 arrays on disk, memory-mapped from then on."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -12,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -88,7 +89,7 @@ def _open(folder: Path) -> Split | None:
             return None
         down, across = meta["scale"]  # caches of older versions lack it, and are made again
         return Split(arrays["images"], arrays["labels"], meta["names"], (down, across))
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # damaged files fail in many ways
         return None
 
 
@@ -133,10 +134,16 @@ def _remove_abandoned(folder: Path) -> None:
 
 def _decode(source: Source, size: ImageSize, count: int, building: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {"images": (count, *sides(size), 3), "labels": (count, *sides(size))}
-    _check_room(building, sum(int(np.prod(shape)) for shape in shapes.values()))
-    create: Callable[..., Any] = np.lib.format.open_memmap
-    arrays = {name: create(building / f"{name}.npy", "w+", np.uint8, shape) for name, shape in shapes.items()}
-
+    try:
+        arrays = {name: _allocate(building / f"{name}.npy", shape) for name, shape in shapes.items()}
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        needed = sum(int(np.prod(shape)) for shape in shapes.values())
+        raise InputError(
+            f"no room for the cache: {needed / 1e6:.0f} MB needed in {building.parent}; free some, give another"
+            " --cache-dir, or fewer --train-examples"
+        ) from None
     scales = np.zeros((count, 2))
 
     def decode(i: int) -> str:
@@ -162,11 +169,9 @@ def _decode(source: Source, size: ImageSize, count: int, building: Path) -> None
     (building / "meta.json").write_text(json.dumps(meta))
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    # Writing to a memory-mapped file on a full disk ends in SIGBUS, not in an exception.
-    free = shutil.disk_usage(folder).free
-    if needed * 1.01 > free:
-        raise InputError(
-            f"no room for the cache: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free in {folder.parent};"
-            " free some, give another --cache-dir, or fewer --train-examples"
-        )
+def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    create: Callable[..., np.memmap] = np.lib.format.open_memmap
+    array = create(path, "w+", np.uint8, shape)
+    with path.open("r+b") as file:  # writing to a memory-mapped file on a full disk ends in SIGBUS, not in an exception
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array

@@ -1,5 +1,6 @@
 """classes.json, or CVAT's labelmap.txt: the names of a folder's classes, and their colours or values in its masks."""
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +38,7 @@ def read(path: Path, names: tuple[str, ...]) -> tuple[tuple[str, ...], Table]:
     """
     form, parse = (LABELMAP, _labelmap) if path.suffix == ".txt" else (FORM, json.loads)
     try:
-        values = parse(path.read_text("utf-8-sig")) if path.exists() else {}
+        values = parse(read_text(path)) if path.exists() else {}
         file = dacite.from_dict(ClassesFile, values, dacite.Config(strict=True))
         listed = file.colours + file.ignore
         in_colours = any(isinstance(colour, list) for colour in listed)
@@ -52,6 +53,14 @@ def read(path: Path, names: tuple[str, ...]) -> tuple[tuple[str, ...], Table]:
     if codes and (repeated(codes) or len(file.colours) != len(names) or not names):
         raise InputError(f"{path} has {len(file.colours)} colours for {len(names)} classes: each must have its own")
     return names, tuple((code, i if i < len(names) else IGNORE_LABEL) for i, code in enumerate(codes))
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file in UTF-8, or in UTF-16, which PowerShell writes. `errors` are those of bytes.decode."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", "replace")
+    return content.decode("utf-8-sig", errors)
 
 
 def _labelmap(text: str) -> dict[str, Any]:

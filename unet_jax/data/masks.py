@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from unet_jax.config import IGNORE_LABEL, Meaning
 from unet_jax.data.classes import COLOUR, Table, example, in_colours, some
 from unet_jax.data.pairs import Problems
-from unet_jax.data.pictures import one_of_one
+from unet_jax.data.pictures import check_sums, one_of_one
 from unet_jax.errors import InputError
 
 FORMATS = ["PNG", "GIF", "TIFF", "BMP"]  # a JPEG's values are not those that were saved
@@ -73,6 +73,9 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             one_of_one(image)
             image.load()
+            check_sums(image, path)
+            if "jpeg" in str(image.info.get("compression")):
+                raise InputError("is a TIFF compressed as JPEG, whose values are not those that were saved")
             if image.mode == "F":
                 raise InputError("has floating-point values: save it with 8 or 16 bits")
             upright = ImageOps.exif_transpose(image)  # a tool may have kept the orientation in either file

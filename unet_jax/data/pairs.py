@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from unet_jax.data.classes import repeated, some
+from unet_jax.data.classes import read_text, repeated, some
 from unet_jax.data.layouts import SPLITS, Layout
 from unet_jax.errors import InputError
 
@@ -134,7 +134,7 @@ def _files(folders: Mapping[str, Path]) -> tuple[list[tuple[str, File]], list[Pa
 
 def _lists(folder: Path, images: Mapping[str, File], stems: Iterable[str]) -> dict[str, list[str]]:
     """The stems of each split that has a list, or else a folder."""
-    lists = {part: _lines(folder / name, images) for part, name in LISTS.items() if (folder / name).exists()}
+    lists = {part: _lines(folder / name, images) for part, name in LISTS.items() if (folder / name).is_file()}
     folders: dict[str, list[str]] = {}
     for stem in sorted(stems):
         if "/" in stem:
@@ -144,6 +144,6 @@ def _lists(folder: Path, images: Mapping[str, File], stems: Iterable[str]) -> di
 
 def _lines(path: Path, images: Mapping[str, File]) -> list[str]:
     """The stems in a list. A line may also name a file, which has the stem."""
-    lines = [line.strip() for line in path.read_text("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path, "surrogateescape").splitlines() if line.strip()]
     known = _known(images)
     return [_find((line, line.rpartition(".")[0], PurePath(line).stem), known) for line in lines]

@@ -92,6 +92,7 @@ def decode(path: Path) -> Pixels:
             one_of_one(image)
             cut = image.format in ("PNG", "TIFF") and image.mode in COLOUR_MODES and ";16" in str(image.tile)
             image.load()
+            check_sums(image, path)
             values = _array(ImageOps.exif_transpose(image))
             brightest = _brightest(image) * 257 if cut else int(values.max()) if values.ndim == 2 else 0
             return Pixels(values, cut, brightest)
@@ -101,6 +102,13 @@ def decode(path: Path) -> Pixels:
         text = str(getattr(error, "strerror", None) or error)
         reason = text.split("\n")[0].replace(str(path), "it")[:150] or type(error).__name__
     raise InputError(f"{path}: {reason}")
+
+
+def check_sums(image: Image.Image, path: Path) -> None:
+    """Raises an exception for a PNG whose checksums show damage, which loading it does not notice."""
+    if image.format == "PNG":
+        with Image.open(path, formats=["PNG"]) as again:
+            again.verify()
 
 
 def one_of_one(image: Image.Image) -> None:
