@@ -102,7 +102,7 @@ def train_run(
     check_patience(config)
     config = settle_precision(config, folder, placement, overwrite)
     if done := what_is_done(folder, config, overwrite):
-        print(f"{folder} {done}, or --overwrite to start anew")
+        print(done)
         return
     loaded = load_splits(config, cache_dir)
     scale = config.data.scale or loaded["train"].scale
@@ -118,7 +118,7 @@ def train_run(
         tell_overlap(config, names_of_parts)
     with runs.lock(folder):
         if done := what_is_done(folder, config, overwrite):  # by another process in the meantime
-            print(f"{folder} {done}, or --overwrite to start anew")
+            print(done)
             return
         if overwrite:
             runs.clear(folder)

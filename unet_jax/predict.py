@@ -60,7 +60,7 @@ class Predictor:
         Raises:
           InputError: another mode or tta, something that is no picture, or a file that cannot be read.
         """
-        given: Any = images if isinstance(images, (Sequence, Path)) else as_array(images)
+        given: Any = images if isinstance(images, (Sequence, Path)) else to_numpy(images)
         if not isinstance(given, (np.ndarray, Sequence, Path)):
             raise InputError(f"{type(images).__name__} is no picture: pictures are uint8 arrays [H, W, 3]")
         single = isinstance(given, (str, Path)) or (isinstance(given, np.ndarray) and given.ndim == 3)
@@ -90,7 +90,7 @@ class Predictor:
         """The picture uint8 [H, W, 3] in a file, by the run's white; anything else as NumPy's array, if it is one."""
         if isinstance(picture, (str, Path)):
             return read_picture(Path(picture), self.config.data.white or WHITE)
-        return as_array(picture)
+        return to_numpy(picture)
 
     def batch_size(self, height: int, width: int) -> int:
         """How many pictures of this size go through the network at once: what a full-width network has memory for."""
@@ -174,8 +174,8 @@ def load(run: str | Path = "pets", tile_size: int | None = None) -> Predictor:
     return Predictor(config, restored._replace(state=inference_state(restored.state)), placement, tile_size, forward)
 
 
-def as_array(picture: Any) -> Any:
-    """The array of a picture of JAX, PyTorch or Pillow; anything else as it is."""
+def to_numpy(picture: Any) -> Any:
+    """NumPy's array of a picture of JAX, PyTorch or Pillow; anything else as it is."""
     is_array = hasattr(picture, "__array__") or hasattr(picture, "__array_interface__")
     return np.asarray(picture) if is_array else picture
 

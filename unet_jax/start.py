@@ -19,7 +19,7 @@ from unet_jax.progress import epochs_text
 
 
 def what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
-    """What a finished run has done, or "" if there is more to do. Refuses a folder that holds something else."""
+    """A line on what a finished run has done, or "" if there is more to do. Refuses a folder of something else."""
     if overwrite or not folder.exists():
         return ""
     if not (folder / "config.json").exists():
@@ -34,8 +34,10 @@ def what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
     records, patience = runs.finished_records(folder), config.train.patience
     done = epochs_text(len(records))
     if out_of_patience(records, patience):
-        return f"stopped after {done} by --patience {patience}: give more of it"
-    return f"has its {done} already: give more --epochs" if len(records) >= config.train.epochs else ""
+        return f"{folder} stopped after {done} by --patience {patience}: give more of it, or --overwrite to start anew"
+    if len(records) >= config.train.epochs:
+        return f"{folder} has its {done} already: give more --epochs, or --overwrite to start anew"
+    return ""
 
 
 def settle_precision(config: RunConfig, folder: Path, placement: Placement, overwrite: bool) -> RunConfig:
