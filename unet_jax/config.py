@@ -88,7 +88,7 @@ class DataConfig:
     class_colours: tuple[str, ...] = ()
     """A colour for each class in figures and masks, as #rrggbb. Default: from a folder's classes.json, else our own."""
     scale: tuple[float, float] | None = None
-    """For tile mode: training size over the pictures' own size, vertically and horizontally. Default: the medians."""
+    """The training size over the pictures' own, down and across, for tile mode. Default: medians; 1 1 with --tiles."""
     mask_255: Meaning | None = None
     """What 255 means in a folder's masks: the second of two classes, or no class. Default: judged from all masks."""
     white: int | None = 65535
@@ -98,6 +98,8 @@ class DataConfig:
     classes.json; () where values are labels."""
     mask_palette: tyro.conf.Suppress[tuple[str, ...] | None] = None
     """The colour of each class in the palettes of a folder's masks, "" for a class without one. Found in the masks."""
+    tiles: bool = False
+    """Cut a folder's pictures into tiles of --image-size (at --scale), instead of resizing them. Each counts as one."""
 
     def __post_init__(self) -> None:
         size = self.image_size
@@ -232,9 +234,10 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """The fields in which two runs differ, as "train.batch_size: 64 -> 32", leaving out NOT_COMPARED.
 
-    Epochs are compared where the learning rate's schedule depends on them.
+    Epochs are compared where the learning rate's schedule depends on them, and the scale where tiles do.
     """
-    ignored = NOT_COMPARED - ({"train.epochs"} if new.train.schedule == "cosine" else set())
+    matter = {"train.epochs": new.train.schedule == "cosine", "data.scale": new.data.tiles}
+    ignored = {name for name in NOT_COMPARED if not matter.get(name)}
     before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
     ignored |= {name for name in FOUND if before[name] is None}
     return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and k not in ignored]

@@ -60,20 +60,29 @@ def mean_iou(confusion: np.ndarray) -> np.ndarray:
 def scores(sums: PictureSums, class_names: Sequence[str]) -> dict[str, Any]:
     """The metrics of a split, in JSON's types, from its pictures' sums (all pixels of all pictures counted alike).
 
-    IoU and Dice come from the confusion matrix of the whole split (not averaged over pictures); a class that occurs
-    neither in the truth nor in the predictions has None and is left out of mean_iou. test_log_dice takes the split as
-    one batch. If a class is called background, binary_iou is the IoU of all others taken as one. Every
-    metric is None if no pixel counts.
+    IoU and Dice come from the confusion matrix of the whole split, not averaged over pictures. test_log_dice takes the
+    split as one batch. The others are `confusion_scores`. Every metric is None if no pixel counts.
     """
     confusion = np.asarray(sums.confusion, np.int64).sum(0)
     pixels = int(confusion.sum()) or math.nan  # NaN if no pixel counts: every score below is then None
     likelihood = float(np.asarray(sums.likelihood, float).sum()) / pixels
-    iou, dice = class_scores(confusion)
     # losses.log_dice with I = likelihood * pixels, N = pixels. JSON has no infinity, hence None if I is 0.
-    result: dict[str, Any] = {
+    return {
         "test_cross_entropy": _or_none(-float(np.asarray(sums.log_likelihood, float).sum()) / pixels),
         "test_log_dice": _or_none(-np.log(2 * likelihood / (likelihood + 1 + 1e-6 / pixels))) if likelihood else None,
-        "pixel_accuracy": _or_none(np.trace(confusion) / pixels),
+        **confusion_scores(confusion, class_names),
+    }
+
+
+def confusion_scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """The metrics that a split's confusion matrix [C, C] decides, in JSON's types.
+
+    A class that occurs neither in the truth nor in the predictions has None and is left out of mean_iou. If a class is
+    called background, binary_iou is the IoU of all others taken as one.
+    """
+    iou, dice = class_scores(confusion)
+    result: dict[str, Any] = {
+        "pixel_accuracy": _or_none(np.trace(confusion) / (int(confusion.sum()) or math.nan)),
         "mean_iou": _or_none(mean_iou(confusion)),
         "iou": _by_name(class_names, iou),
         "dice": _by_name(class_names, dice),

@@ -21,7 +21,7 @@ from unet_jax.errors import InputError
 from unet_jax.model import UNet
 from unet_jax.train import TrainState, Views, infer, inference_state, make_model
 
-Mode = Literal["resize", "tile", "native"]
+Mode = Literal["auto", "resize", "tile", "native"]
 # Most networks have never seen a picture upside down.
 FLIPS: dict[str, Views] = {
     "none": ((),),
@@ -45,6 +45,7 @@ class Predictor:
 
     Mode "resize" resizes pictures to the training size and probabilities back. "tile" predicts in overlapping windows
     of `tile_size` at the scale of training (config.data.scale), "native" in windows at the pictures' own resolution.
+    "auto" is "tile" for a network that was trained on tiles, else "resize".
     `tta` averages the probabilities over the picture and its mirror image, or over all four flips.
     """
 
@@ -54,7 +55,12 @@ class Predictor:
     tile_size: int
     forward: Callable[[TrainState, Any, Views], Array] = field(repr=False)
 
-    def __call__(self, images: Images, mode: Mode = "resize", tta: Tta = "none", probabilities: bool = False) -> Any:
+    @property
+    def own_mode(self) -> Mode:
+        """The mode that sees pictures as training did."""
+        return "tile" if self.config.data.tiles else "resize"
+
+    def __call__(self, images: Images, mode: Mode = "auto", tta: Tta = "none", probabilities: bool = False) -> Any:
         """Labels uint8 [H, W] of a picture, or with `probabilities` float32 [H, W, num_classes]. A list gives a list.
 
         Raises:
@@ -74,7 +80,7 @@ class Predictor:
         for what, value, choices in (("mode", mode, get_args(Mode)), ("tta", tta, get_args(Tta))):
             if value not in choices:
                 raise InputError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
-        answers = []
+        mode, answers = self.own_mode if mode == "auto" else mode, []
         count = self.batch_size(*sides(self.config.data.image_size))
         for start in range(0, len(pictures), count):
             some = pictures[start : start + count]

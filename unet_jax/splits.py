@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from unet_jax import runs, weights
 from unet_jax.config import RunConfig
+from unet_jax.data.tiles import picture_of
 from unet_jax.errors import InputError
 
 UNKNOWN = "has no split.json, so it is not known which pictures it was trained on: on those, scores are too good"
 
 
 class Seen(NamedTuple):
-    """Names of pictures: those that weights were trained on, and those that chose an epoch."""
+    """Names of pictures, also for tiles: those that weights were trained on, and those that chose an epoch."""
 
     train: frozenset[str]
     validation: frozenset[str]
@@ -51,6 +52,11 @@ def read(folder: Path) -> dict[str, list[str]]:
         raise InputError(f"{folder}/split.json cannot be read ({error})") from None
 
 
+def trained_on(names: Mapping[str, Sequence[str]]) -> set[str]:
+    """The names of the pictures in a run's training and validation parts, from those of all its splits."""
+    return {*names.get("train", []), *names.get("validation", [])}
+
+
 def lineage(run: Path) -> Iterator[tuple[Path, RunConfig]]:
     """A run, the one whose weights it started from (--init-from), and so on, as far as these are there to be read."""
     folders: list[Path] = []
@@ -75,6 +81,7 @@ def seen(run: Path, seed: int) -> Seen:
         if config.data.dataset != "synthetic" or config.train.seed == seed  # another seed draws others, so named
     ]
     train, validation = (
-        frozenset(name for split in splits for name in split.get(part, [])) for part in ("train", "validation")
+        frozenset(picture_of(name) for split in splits for name in split.get(part, []))
+        for part in ("train", "validation")
     )
     return Seen(train, validation)

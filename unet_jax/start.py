@@ -12,6 +12,7 @@ from unet_jax import device, runs, splits, train, weights
 from unet_jax.checkpoint import Progress, Restored
 from unet_jax.config import RunConfig, differences
 from unet_jax.data.classes import some
+from unet_jax.data.tiles import picture_of
 from unet_jax.device import Placement
 from unet_jax.errors import InputError
 from unet_jax.loop import out_of_patience
@@ -78,7 +79,7 @@ def tell_overlap(config: RunConfig, names: Mapping[str, Sequence[str]]) -> None:
     seen = splits.seen(Path(run), config.train.seed)
     told = []
     for part, known in (("test", seen.train | seen.validation), ("validation", seen.train)):
-        if both := [name for name in names[part] if name in known]:
+        if both := [name for name in names[part] if picture_of(name) in known]:
             told.append(f"{len(both)} of {len(names[part])} {part} pictures ({some(both)})")
     if told:
         print(

@@ -39,9 +39,10 @@ class Options:
     """Files, folders (the pictures in them) and globs."""
     out: Path
     """Folder for NAME_mask.png and NAME_overlay.png of each picture."""
-    mode: Literal["resize", "tile", "native"] = "resize"
+    mode: Literal["auto", "resize", "tile", "native"] = "auto"
     """resize: to the training size and back. tile: in overlapping windows at the scale of training, for pictures that
-    show more than the training pictures. native: in such windows at the picture's own resolution."""
+    show more than the training pictures. native: in such windows at the picture's own resolution. auto: tile for a run
+    that was trained on tiles, else resize."""
     tile_size: int | None = None
     """Side of the windows; smaller ones take less memory and more time. Default: what suits the network."""
     tta: Tta = "none"
@@ -192,6 +193,7 @@ def main(options: Options) -> int:
     prepare_folder(options.out, pictures)
     device.set_up(default_cache_dir() / "xla")
     predictor = load(run, options.tile_size)
+    options = dataclasses.replace(options, mode=predictor.own_mode if options.mode == "auto" else options.mode)
     if options.mode == "tile":
         print(scale_line(predictor.config.data.scale))
     at_once = predictor.batch_size(*sides(predictor.config.data.image_size))

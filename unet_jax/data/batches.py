@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from unet_jax.config import IGNORE_LABEL
 from unet_jax.data.cache import Split
 from unet_jax.data.classes import some
+from unet_jax.data.tiles import picture_of
 from unet_jax.device import Placement
 from unet_jax.errors import InputError
 
@@ -34,8 +35,8 @@ def validation_rows(
     """The pictures to train on and those kept for validation: two sorted arrays of indices, the same on every machine.
 
     Names that are equal before the last underscore are a group (the breeds of the pets). With the groups in a row,
-    every 1/fraction-th picture is kept: of each group as near to `fraction` as whole pictures allow. If the dataset has
-    `listed` some pictures for validation, these are kept and no others.
+    every 1/fraction-th picture is kept: of each group as near to `fraction` as whole pictures allow. The tiles of a
+    picture stay together. If the dataset has `listed` some pictures for validation, these are kept and no others.
 
     Raises:
       InputError: the fraction comes to no picture, or one of the two parts is empty.
@@ -48,13 +49,17 @@ def validation_rows(
             )
         return np.flatnonzero(~named), np.flatnonzero(named)
     rng = np.random.default_rng(seed)
-    groups = np.array([name.rpartition("_")[0] for name in names])
-    order = np.lexsort((rng.random(len(names)), groups))
-    kept = np.diff(np.floor(np.arange(len(names) + 1) * fraction + rng.random())) > 0
+    whole = [picture_of(name) for name in names]
+    pictures = list(dict.fromkeys(whole))
+    groups = np.array([picture.rpartition("_")[0] for picture in pictures])
+    order = np.lexsort((rng.random(len(pictures)), groups))
+    kept = np.diff(np.floor(np.arange(len(pictures) + 1) * fraction + rng.random())) > 0
     if fraction and (kept.all() or not kept.any()):
         some = "all" if kept.all() else "none"
-        raise InputError(f"--validation-fraction {fraction} of {len(names)} pictures is {some}: give more pictures")
-    return np.sort(order[~kept]), np.sort(order[kept])
+        raise InputError(f"--validation-fraction {fraction} of {len(pictures)} pictures is {some}: give more pictures")
+    drawn = {pictures[i] for i in order[kept]}
+    held_out = np.array([picture in drawn for picture in whole], bool)
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def _take(images: Array, labels: Array, indices: Array, weights: Array) -> Batch:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from unet_jax.checks import check_classes_of_data
-from unet_jax.config import SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig, sides
-from unet_jax.data import folder, oxford_iiit_pet, synthetic
+from unet_jax.config import SYNTHETIC_EXAMPLES, DataConfig, DatasetName, RunConfig, sides, size_text
+from unet_jax.data import folder, oxford_iiit_pet, synthetic, tiles
 from unet_jax.data.cache import Split, load_split
 from unet_jax.data.source import Source
 from unet_jax.errors import InputError
@@ -52,6 +52,7 @@ def fill_in(config: RunConfig) -> RunConfig:
     data, batch_size = config.data, config.train.batch_size
     if data.dataset == "folder":
         data = folder.fill_in(data, config.train.seed)
+        data = dataclasses.replace(data, scale=data.scale or tiles.SCALE) if data.tiles else data
     if not batch_size:
         available = training_pictures(data, sources(data, config.train.seed)["train"].size)
         batch_size = min(DEFAULT_BATCH_SIZE, max(available, 1))
@@ -59,24 +60,30 @@ def fill_in(config: RunConfig) -> RunConfig:
 
 
 def training_pictures(config: DataConfig, size: int) -> int:
-    """How many pictures of a train split of this size are trained on, except for rounding."""
+    """How many pictures (or tiles) of a train split of this size are trained on, except for rounding."""
     taken = min(size, config.train_examples or size)
     return taken - round(taken * config.validation_fraction)
 
 
 def sources(config: DataConfig, seed: int) -> dict[str, Source]:
-    """The sources of a resolved config by split name; the pets are downloaded and prepared if they are not there.
+    """The sources of a resolved config by split name, cut into tiles if the config says so.
+
+    The pets are downloaded and prepared if they are not there.
 
     Raises:
       InputError: they cannot be prepared or read.
     """
+    if config.tiles and config.dataset != "folder":
+        raise InputError("--tiles is for pictures of your own: it goes with --dataset folder")
     if config.dataset == "synthetic":
         asked = {"train": config.train_examples, "test": config.test_examples}
         counts = {split: asked[split] or default for split, default in SYNTHETIC_EXAMPLES.items()}
         side = max(sides(config.image_size))  # drawn as squares, and resized like any other picture
         return {split: synthetic.source(split, n, side, seed) for split, n in counts.items()}
     if config.dataset == "folder":
-        return folder.sources(config, seed)
+        found = folder.sources(config, seed)
+        scale = config.scale or tiles.SCALE
+        return {part: tiles.cut(s, config.image_size, scale) for part, s in found.items()} if config.tiles else found
     data_dir = Path(config.data_dir) if config.data_dir else oxford_iiit_pet.default_data_dir()
     if not oxford_iiit_pet.is_prepared(data_dir):
         oxford_iiit_pet.prepare(data_dir)
@@ -97,6 +104,9 @@ def load_splits(config: RunConfig, cache_dir: str | Path | None = None) -> dict[
     if config.train.batch_size > available:
         raise InputError(f"--batch-size {config.train.batch_size} is larger than the {available} training pictures")
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
+    if data.tiles:
+        pieces = " + ".join(f"{source.size} {name}" for name, source in found.items())
+        print(f"cut into tiles of {size_text(data.image_size)}: {pieces}")
     if not found["test"].size:
         print("there are no pictures to test on: all are trained on, but for what is kept for validation")
     return {
@@ -109,6 +119,7 @@ def whole(parts: Mapping[str, Source]) -> Source:
     where = [(part, i) for part in parts.values() for i in range(part.size)]
     first = next(iter(parts.values()))
     identity = {"parts": [dict(part.identity) for part in parts.values()]}
+    uncut = {name: part.pictures for name, part in parts.items() if part.pictures}
     return Source(
         first.dataset,
         "all",
@@ -117,4 +128,6 @@ def whole(parts: Mapping[str, Source]) -> Source:
         len(where),
         lambda i: where[i][0].read(where[i][1]),
         [name for part in parts.values() for name in part.names],
+        [size for part in parts.values() for size in part.sizes],
+        pictures=whole(uncut) if uncut else None,
     )

@@ -46,13 +46,14 @@ READING = 3  # of masks and pictures: after a change every cache is made again
 
 
 class Folder(NamedTuple):
-    """A folder that has been checked, and how it is read. palette has the colours of `classes.palette_of`."""
+    """A checked folder, and how it is read. palette is that of `classes.palette_of`; sizes has heights and widths."""
 
     splits: Splits
     table: Table
     reading: Reading
     white: int
     palette: tuple[str, ...]
+    sizes: Mapping[str, tuple[int, int]]
 
 
 def fill_in(data: DataConfig, seed: int) -> DataConfig:
@@ -85,7 +86,7 @@ def sources(data: DataConfig, seed: int) -> dict[str, Source]:
     Raises:
       InputError: as `fill_in` does, except for what only a training needs.
     """
-    splits, table, reading, white, _ = _checked(data, seed, to_train=False)
+    splits, table, reading, white, _, sizes = _checked(data, seed, to_train=False)
     data_dir = Path(data.data_dir or ".")
 
     def source(split: str, pairs: list[Pair]) -> Source:
@@ -99,7 +100,8 @@ def sources(data: DataConfig, seed: int) -> dict[str, Source]:
         stems = [pair.stem for pair in pairs]
         kept = frozenset(pair.stem for pair in splits["validation"]) & {*stems}
         read = functools.partial(_example, pairs, table, reading.meaning, white)
-        return Source("folder", split, reading.names, identity, len(pairs), read, stems, kept)
+        own = [sizes[stem] for stem in stems]
+        return Source("folder", split, reading.names, identity, len(pairs), read, stems, own, kept)
 
     # Mixed evenly, so that the first N pictures have their share of both.
     both = [splits["train"], splits["validation"]]
@@ -147,7 +149,8 @@ def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
     for line in (read_as, *left_out, *_notes(seen, reading, brightest, white)):
         _print_once(f"{data_dir}: {line}")
     palette = {index: colour for mask in seen.values() for index, colour in mask.palette.items()}
-    return Folder(splits, table, reading, white, classes.palette_of(values, palette))
+    sizes = {stem: mask.size for stem, mask in seen.items()}
+    return Folder(splits, table, reading, white, classes.palette_of(values, palette), sizes)
 
 
 def _values(table: Table, reading: Reading) -> Sequence[int]:

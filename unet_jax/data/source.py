@@ -19,7 +19,8 @@ class Source(NamedTuple):
 
     `identity` is what the pictures depend on, in JSON's types: the cache is keyed by it. `read(i)`, for 0 <= i < size,
     may be called from many threads. It raises an InputError that names the picture, if this cannot be read. `names` are
-    the names of the pictures, if they are known before; `validation` has those that the dataset itself keeps for that.
+    the names of the pictures, and `sizes` their heights and widths, if these are known before. `validation` has the
+    names of those that the dataset itself keeps for that. If the examples are tiles, `pictures` has what was cut.
     """
 
     dataset: str
@@ -29,4 +30,6 @@ class Source(NamedTuple):
     size: int
     read: Callable[[int], Example]
     names: Sequence[str] = ()
+    sizes: Sequence[tuple[int, int]] = ()
     validation: frozenset[str] = frozenset()
+    pictures: "Source | None" = None
