@@ -219,3 +219,11 @@ def test_time_to_quality_counts_the_run_that_another_began_from(tmp_path, monkey
     (first / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "train_loss": 0.5, "seconds": 10.0}))
     with pytest.raises(InputError, match=r"first has no mean IoU: it had neither a test split nor a validation part$"):
         time_to_quality.curves([first])
+
+
+def test_what_a_folder_decides_is_no_other_setting():
+    folder = default_config("mp_tr_ce", "folder")
+    filled = replace(folder, data=replace(folder.data, class_names=("a", "b"), white=65535))
+    assert report.settings(replace(filled, train=replace(folder.train, batch_size=16))) == "-"
+    tiles = replace(filled, data=replace(filled.data, tiles=True, scale=(1.0, 1.0)))
+    assert report.settings(replace(tiles, train=replace(folder.train, batch_size=4))) == "tiles True, batch_size 4"

@@ -90,7 +90,7 @@ def read_run(folder: Path) -> Run:
 HEAD = ("variant", "data", "size", "pictures", "epochs", "other settings", "framework", "seeds", "published best loss",
         "test loss", "best test loss", "mean IoU", "IoU by class", "pixel accuracy", "s / epoch", "images/s",
         "device", "commit")  # fmt: skip
-IN_COLUMNS = {f"data.{name}" for name in ("dataset", "image_size", "train_examples")}
+IN_COLUMNS = {f"data.{name}" for name in ("dataset", "image_size", "train_examples", "class_names")}
 IN_COLUMNS |= {"train.seed", "train.epochs"}
 
 
@@ -103,9 +103,14 @@ def spread(values: Iterable[float], form: str = ".4f") -> str:
 
 def settings(config: RunConfig) -> str:
     """The settings that differ from the variant's own and have no column."""
+    from unet_jax.data import datasets, tiles
+
     if config.variant not in VARIANTS:
         return "-"
-    changed = differences(default_config(config.variant, config.data.dataset), config)
+    own = default_config(config.variant, config.data.dataset)
+    data = dataclasses.replace(own.data, scale=tiles.SCALE)
+    train = dataclasses.replace(own.train, batch_size=own.train.batch_size or datasets.DEFAULT_BATCH_SIZE)
+    changed = differences(dataclasses.replace(own, data=data, train=train), config)
     pairs = (text.split(": ", 1) for text in changed)
     return ", ".join(f"{k.split('.')[1]} {v.split(' -> ')[1]}" for k, v in pairs if k not in IN_COLUMNS) or "-"
 
