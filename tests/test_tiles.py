@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,14 @@ from PIL import Image
 from test_folder import save
 from test_run import execute
 
-from unet_jax.config import IGNORE_LABEL
-from unet_jax.data.batches import validation_rows
+from unet_jax.config import IGNORE_LABEL, default_config
+from unet_jax.data.batches import divide, validation_rows
+from unet_jax.data.cache import Split
+from unet_jax.data.datasets import fill_in, load_splits, sources, tiles_line
 from unet_jax.data.source import Example, Source
 from unet_jax.data.tiles import cut, picture_of
+from unet_jax.errors import InputError
+from unet_jax.full_size import confusions
 
 RNG = np.random.default_rng(0)
 SIZES = [(32, 48), (33, 47), (16, 16), (100, 20), (5, 70), (3, 2)]
@@ -49,7 +54,7 @@ def test_each_pixel_of_each_picture_counts_once(size):
         assert tile.image.shape == (height, width, 3)
         assert tile.labels.shape == (height, width)
         picture = by_name[picture_of(name)]
-        top, left = json.loads(name.removeprefix(picture.name))
+        top, left = map(int, name.rpartition("//")[2].split(","))
         own = np.s_[top : top + height, left : left + width]
         h, w = picture.labels[own].shape
         np.testing.assert_array_equal(tile.image[:h, :w], picture.image[own])
@@ -73,7 +78,7 @@ def test_a_small_picture_is_mirrored():
 def test_pictures_are_resized_by_the_scale_first():
     source, _ = pictures([(64, 96)])
     tiles = cut(source, 16, (0.5, 0.25))
-    assert tiles.names == ["p_0[0,0]", "p_0[0,8]", "p_0[16,0]", "p_0[16,8]"]
+    assert tiles.names == ["p_0//0,0", "p_0//0,8", "p_0//16,0", "p_0//16,8"]
     assert tiles.identity != cut(source, 16, (0.5, 0.5)).identity
 
 
@@ -96,6 +101,58 @@ def test_the_tiles_of_a_picture_are_in_one_part():
     assert not parts[0] & parts[1]
     listed = validation_rows(tiles.names, 0.3, 0, tiles.validation)[1]
     assert {picture_of(tiles.names[i]) for i in listed} == {"p_1"}
+
+
+def test_threads_decode_many_pictures_at_once():
+    source, _ = pictures([(32, 32)] * 10 + [(16, 16)])
+    tiles = cut(source, 16, (1.0, 1.0))
+    assert [picture_of(name) for name in tiles.names[:9]] == [*(f"p_{i}" for i in range(8)), "p_0"]
+    assert len(set(tiles.names)) == tiles.size == 41
+
+
+def test_names_that_look_like_places():
+    names = [f"scan[{i},{j}]" for i in range(3) for j in range(3)] + ["a/b,c", "train/0,1"]
+    assert [picture_of(name) for name in names] == names
+    assert [len(rows) for rows in validation_rows(names, 0.3, 0)] == [8, 3]
+
+
+def test_what_nothing_can_be_learnt_from_is_left_out_of_training():
+    labels = np.full((5, 4, 4), IGNORE_LABEL, np.uint8)
+    labels[[0, 3], 1, 1] = 0
+    split = Split(np.zeros((5, 4, 4, 3), np.uint8), labels, list("abcde"))
+    training, validation = divide(split, 0.0, 0)
+    assert (training.tolist(), validation.tolist()) == ([0, 3], [])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_batch_size_is_checked_against_the_tiles_that_are_trained_on(tmp_path, seed):
+    for name, side in (("large", 64), ("small", 16)):
+        save(tmp_path, name, np.eye(side, dtype=np.uint8))
+    config = default_config("mp_tr_ce", "folder")
+    data = replace(config.data, data_dir=str(tmp_path), image_size=16, tiles=True, test_fraction=0.0)
+    train = replace(config.train, seed=seed)
+    filled = fill_in(replace(config, data=replace(data, validation_fraction=0.5), train=train))
+    train_source = sources(filled.data, seed)["train"]
+    on = validation_rows(train_source.names, 0.5, seed)[0]
+    assert len(on) in (1, 16)
+    assert filled.train.batch_size == len(on)
+    with pytest.raises(InputError, match=f"larger than the {len(on)} training tiles"):
+        load_splits(replace(filled, train=replace(train, batch_size=17)), tmp_path / "cache")
+
+
+def test_a_line_says_how_many_pictures_are_smaller_than_a_tile(tmp_path):
+    save(tmp_path, "large", np.eye(64, dtype=np.uint8))
+    save(tmp_path, "small", np.eye(16, dtype=np.uint8))
+    data = replace(default_config("mp_tr_ce", "folder").data, data_dir=str(tmp_path), image_size=32, tiles=True)
+    assert "; 1 of 2 pictures are smaller than a tile" in tiles_line(data, sources(data, 0))
+    assert "smaller" not in tiles_line(replace(data, image_size=16), sources(replace(data, image_size=16), 0))
+
+
+def test_no_score_where_no_pixel_counts():
+    source, _ = pictures([(16, 16)])
+    blank = source._replace(read=lambda i: source.read(i)._replace(labels=np.full((16, 16), IGNORE_LABEL, np.uint8)))
+    with pytest.raises(InputError, match="every pixel is ignored"):
+        confusions(lambda images, tta: [np.zeros((16, 16), np.uint8)], blank, [0])
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +192,11 @@ def test_a_run_on_tiles(home):
         for i, path in enumerate(sorted((home / "lines" / "masks").iterdir()))
     ]
     assert min(agree) > 0.95
+    execute(home, "export.py", "run", "--out", "exported", "--format", "weights")
+    exported = json.loads((home / "exported" / "model.json").read_text())
+    assert "best at 1 of the pictures' own height" in exported["preprocessing"]
+    refused = execute(home, "evaluate.py", "run", "--dataset", "synthetic", status=2)
+    assert "run was trained on tiles of a folder's pictures" in refused
     # It goes on as any run does, but not with other tiles.
     assert "going on from step" in execute(home, "run.py", *flags, "--workdir", "run", "--epochs", 5)
     refused = execute(home, "run.py", *flags, "--workdir", "run", "--epochs", 6, "--scale", ".5", ".5", status=2)
@@ -145,11 +207,11 @@ def test_a_run_on_tiles(home):
 def test_scores_at_full_size_are_those_of_the_masks_that_predict_writes(home, flags):
     run, masks = home / f"full{len(flags)}", home / f"masks{len(flags)}"
     execute(home, "run.py", *RUN[:-1], *flags, "--variant", "mp_tr_ce", "--workdir", run, "--epochs", 1)
-    assert "at full size" in execute(home, "evaluate.py", run, "--full-size", "--split", "train", "--examples", 20)
+    assert "at full size" in execute(home, "evaluate.py", run, "--full-size", "--split", "train", "--examples", 4)
     found = run / "evaluation-train-full-size"
     scores = json.loads((found / "evaluation.json").read_text())
     names = json.loads((found / "split.json").read_text())["train"]
-    assert len(names) == (3 if flags else 5)  # 20 tiles are of three pictures
+    assert len(names) == 4  # pictures, also of a run on tiles
     execute(home, "predict.py", run, *[home / "lines" / "images" / f"{name}.png" for name in names], "--out", masks)
     confusion = np.zeros((2, 2), int)
     for name in names:

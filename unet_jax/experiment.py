@@ -15,9 +15,11 @@ from unet_jax import checkpoint, device, environment, processes, runs, splits, t
 from unet_jax.checkpoint import Restored
 from unet_jax.checks import check_config, check_patience
 from unet_jax.config import RunConfig, to_dict
-from unet_jax.data.batches import Loader, Parts, validation_rows
+from unet_jax.data import batches
+from unet_jax.data.batches import Loader, Parts
 from unet_jax.data.cache import Split
 from unet_jax.data.datasets import fill_in, load_splits, resolve
+from unet_jax.data.tiles import unit
 from unet_jax.device import Placement
 from unet_jax.errors import InputError, names_for_flags
 from unet_jax.folders import default_cache_dir
@@ -140,9 +142,9 @@ def train_run(
 def divide(config: RunConfig, loaded: Mapping[str, Split], placement: Placement) -> Parts:
     """The pictures in batches, part by part; raises InputError for batches that the devices do not divide."""
     batch_size, split = config.train.batch_size, loaded["train"]
-    training, validation = validation_rows(
-        split.names, config.data.validation_fraction, config.train.seed, split.validation
-    )
+    training, validation = batches.divide(split, config.data.validation_fraction, config.train.seed)
+    if empty := len(split.names) - len(training) - len(validation):
+        print(f"not trained on: {empty} {unit(config.data)} in which no pixel counts")
     placement.check_batch(batch_size, len(training), len(validation))
     return Parts(
         Loader(split, batch_size, placement, training),

@@ -117,6 +117,17 @@ FORMATS = {"jax": stablehlo, "onnx": onnx, "weights": weights_alone}
 MISSING = {"jax": "flatbuffers: pip install 'unet-jax[export]'", "onnx": "jax2onnx: pip install 'unet-jax[onnx]'"}
 
 
+def best_at(config: RunConfig) -> str:
+    """The size at which pictures are as in training."""
+    if config.data.tiles:
+        down, across = config.data.scale or (1, 1)
+        return (
+            f"best at {down:g} of the pictures' own height and {across:g} of their width, whole or in windows of the"
+            " training size or larger, since training saw tiles; not resized to the training size"
+        )
+    return "best at the training size, by antialiased bilinear resizing"
+
+
 def describe(config: RunConfig, step: int, artifact: Artifact) -> dict[str, Any]:
     """What model.json says: all that a user of the artifact has to know."""
     names, content = list(config.data.class_names), artifact.content
@@ -132,7 +143,7 @@ def describe(config: RunConfig, step: int, artifact: Artifact) -> dict[str, Any]
         "input": {"name": images, "dtype": "uint8", "shape": shape},
         "output": output,
         "class_names": names,
-        "preprocessing": "values 0 to 255 as they are; best at the training size, by antialiased bilinear resizing",
+        "preprocessing": f"values 0 to 255 as they are; {best_at(config)}",
         "training_size": config.data.image_size,
         "config": to_dict(config),
         "step": step,

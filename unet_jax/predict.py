@@ -163,7 +163,13 @@ def load(run: str | Path = "pets", tile_size: int | None = None) -> Predictor:
       InputError: there is no run or no checkpoint that can be read, or the tile size does not suit the network.
     """
     placement = device.placement()
-    config, restored = runs.load(Path(run), placement)
+    return predictor(*runs.load(Path(run), placement), placement, tile_size)
+
+
+def predictor(
+    config: RunConfig, restored: Restored, placement: device.Placement, tile_size: int | None = None
+) -> Predictor:
+    """What `load` gives, for a checkpoint that has been read."""
     margin = margin_of(len(config.model.widths))
     tile_size = tile_size or max(512, 8 * margin)
     if not isinstance(tile_size, int) or tile_size % UNIT or tile_size < 3 * margin:

@@ -48,6 +48,7 @@ def evaluate_run(options: Options) -> None:
     """Writes evaluation.json, scores.csv, split.json, tables.md and (not at full size) pictures.png; prints tables."""
     from unet_jax import device, runs
     from unet_jax.commands.picking import pick
+    from unet_jax.data.tiles import unit
     from unet_jax.folders import default_cache_dir
     from unet_jax.metrics import scores_csv, shown
     from unet_jax.predict import FLIPS
@@ -61,7 +62,7 @@ def evaluate_run(options: Options) -> None:
     picked, classes = pick(options, config), config.data.class_names
     dataset, name = picked.dataset, picked.name
     steps = make_steps(config, placement, steps_per_epoch=1, views=FLIPS[options.tta])  # it matters only in training
-    scores, names, by_picture = score(options, config, picked, steps, restored.state, placement)
+    scores, names, by_picture = score(options, config, picked, steps, restored, placement)
     kind = "-".join([name, *[options.tta] * (options.tta != "none"), *["full-size"] * options.full_size])
     out = options.out or options.run / f"evaluation-{kind}"
     out.mkdir(parents=True, exist_ok=True)
@@ -74,32 +75,34 @@ def evaluate_run(options: Options) -> None:
     runs.write_text(out / "scores.csv", scores_csv(names, by_picture, classes))
     text = tables(scores, confusion, classes)
     runs.write_text(out / "tables.md", text)
-    if not options.full_size:
+    if picked.split and not options.full_size:
         draw_extremes(steps, restored.state, picked.split, by_picture, config.data, out, options.run.name)
     step = int(restored.state.step)
     trained = f"epoch {epoch}" if epoch else f"step {step}" if step else "imported weights"
+    scored = "pictures" if options.full_size else unit(config.data)
     how = f", --tta {options.tta}" * (options.tta != "none") + ", at full size" * options.full_size
-    print(f"{options.run}, {trained}, {len(names)} {name} pictures of {dataset}{how}\n\n{text}")
+    print(f"{options.run}, {trained}, {len(names)} {name} {scored} of {dataset}{how}\n\n{text}")
     loss = "" if options.full_size else f"loss {scores['test_loss']:.4f}, "
     print(f"{name} {loss}mean IoU {shown(scores['mean_iou'])}{how}; files in {out}")
 
 
 def score(
-    options: Options, config: "RunConfig", picked: "Picked", steps: Any, state: Any, placement: Any
+    options: Options, config: "RunConfig", picked: "Picked", steps: Any, restored: Any, placement: Any
 ) -> tuple[dict[str, Any], list[str], np.ndarray]:
     """The scores of all pictures together, and of each picture its name and its confusion matrix ([N, C, C])."""
     from unet_jax.data.batches import Loader
     from unet_jax.full_size import confusions
     from unet_jax.loop import evaluate
     from unet_jax.metrics import confusion_scores
-    from unet_jax.predict import load
+    from unet_jax.predict import predictor
 
     classes = config.data.class_names
-    if options.full_size:
-        names, by_picture = confusions(load(options.run), picked.source, picked.rows, options.tta)
+    if options.full_size or not picked.split:
+        by_run = predictor(config, restored, placement)
+        names, by_picture = confusions(by_run, picked.source, picked.rows, options.examples, options.tta)
         return confusion_scores(by_picture.sum(0), classes), names, by_picture
     loader = Loader(picked.split, config.train.batch_size, placement)
-    scores, sums = evaluate(steps.evaluate, state, loader, classes)
+    scores, sums = evaluate(steps.evaluate, restored.state, loader, classes)
     return scores, picked.split.names, np.asarray(sums.confusion)
 
 

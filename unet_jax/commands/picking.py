@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from unet_jax import runs, splits
 from unet_jax.config import DataConfig, RunConfig
-from unet_jax.data.batches import validation_rows
+from unet_jax.data import batches
 from unet_jax.data.cache import Split, load_split
 from unet_jax.data.classes import some
 from unet_jax.data.datasets import resolve, sources, whole
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 
 
 class Picked(NamedTuple):
-    """Pictures to evaluate: the dataset's name, the split's, the arrays, and which rows of which source they are."""
+    """Pictures to evaluate: the dataset's name, the split's, and which rows of which source they are.
+
+    split has the arrays. It is None if they are to be scored at full size and need not be made for their names.
+    """
 
     dataset: str
     name: str
-    split: Split
     source: Source
     rows: Sequence[int]
+    split: Split | None
 
 
 def pick(options: "Options", config: RunConfig) -> Picked:
@@ -42,6 +45,8 @@ def pick(options: "Options", config: RunConfig) -> Picked:
     dataset, _ = resolve(options.dataset or config.data.dataset, data_dir, False)
     if dataset == "synthetic" and options.data_dir:
         raise InputError(f"{options.run} is of synthetic pets: add --dataset folder for the pictures in {data_dir}")
+    if config.data.tiles and dataset != "folder":
+        raise InputError(f"{options.run} was trained on tiles of a folder's pictures: give the --data-dir of a folder")
     data = dataclasses.replace(config.data, dataset=dataset, data_dir=data_dir)
     found, names = sources(data, config.train.seed), splits.read(options.run)
     own = dataset != "folder" or is_own(options, config, found, names)
@@ -53,26 +58,29 @@ def pick(options: "Options", config: RunConfig) -> Picked:
         raise InputError(f"{options.run} knows the classes {data.class_names}, the dataset has {source.class_names}")
     count = {"test": data.test_examples, "all": None}.get(name, data.train_examples)
     cache = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
+    first = None if options.full_size and source.pictures else options.examples  # at full size tiles do not count
     if name in ("test", "all"):
-        split = load_split(source, data.image_size, options.examples or count, cache)
+        known = options.full_size and source.names  # so that no arrays need be made for them
+        split = None if known else load_split(source, data.image_size, first or count, cache)
+        asked = split.names if split else source.names[:count]
         if dataset == "folder" and not names:
             print(f"{options.run} {splits.UNKNOWN}")
-        check_unseen(options.run, names, split, own and name == "test", config.train.seed)
-    elif divided:
+        scored = list(dict.fromkeys(map(picture_of, asked))) if options.full_size else asked
+        check_unseen(options.run, names, scored, own and name == "test", config.train.seed)
+        return Picked(dataset, name, source, range(len(asked)), split)
+    if divided:
         split = load_split(source, data.image_size, count, cache)
-        parts = validation_rows(split.names, data.validation_fraction, config.train.seed, split.validation)
-        rows = parts[name == "validation"]
+        rows = batches.divide(split, data.validation_fraction, config.train.seed)[name == "validation"]
         of_part = [split.names[i] for i in rows]
         if own and of_part != names.get(name, of_part):  # a run that an older version made has no names
             raise InputError(
                 f"{data_dir or dataset} has other {name} pictures than {options.run} had: --split all scores them all"
             )
-        rows = rows[: options.examples]
-        split = Split(split.images[rows], split.labels[rows], of_part[: options.examples])
-        return Picked(dataset, name, split, source, rows.tolist())
-    else:
-        split = load_split(source, data.image_size, options.examples or count, cache)
-    return Picked(dataset, name, split, source, range(len(split.names)))
+        rows = rows[:first]
+        split = Split(split.images[rows], split.labels[rows], of_part[:first])
+        return Picked(dataset, name, source, rows.tolist(), split)
+    split = load_split(source, data.image_size, first or count, cache)
+    return Picked(dataset, name, source, range(len(split.names)), split)
 
 
 def is_own(
@@ -84,8 +92,9 @@ def is_own(
     with contextlib.suppress(InputError, OSError):  # the run's own folder may be gone
         if os.path.samefile(options.data_dir or "", runs.data_dir(options.run, config) or ""):
             return True
-    trained = splits.trained_on(names)
-    return bool(trained) and trained <= {*found["train"].names} and {*names["test"]} <= {*found["test"].names}
+    trained, of_train = (set(map(picture_of, some)) for some in (splits.trained_on(names), found["train"].names))
+    tested, of_test = (set(map(picture_of, some)) for some in (names.get("test", []), found["test"].names))
+    return bool(trained) and trained <= of_train and tested <= of_test
 
 
 def split_name(options: "Options", data: DataConfig, found: Mapping[str, Source], own: bool) -> tuple[str, bool]:
@@ -102,21 +111,23 @@ def split_name(options: "Options", data: DataConfig, found: Mapping[str, Source]
     return name, divided
 
 
-def check_unseen(run: Path, names: Mapping[str, Sequence[str]], split: Split, own: bool, seed: int) -> None:
+def check_unseen(run: Path, names: Mapping[str, Sequence[str]], asked: Sequence[str], own: bool, seed: int) -> None:
     """Prints how many pictures have names that the run was trained on; InputError if they are its own test split.
 
     What the runs were trained on that it started from (--init-from) counts too, but is never refused.
     """
 
+    unit = "tiles" if asked and picture_of(asked[0]) != asked[0] else "pictures"
+
     def text(seen: list[str], by: str) -> str:
-        return f"{len(seen)} of these {len(split.names)} pictures have names that {by} was trained on ({some(seen)})"
+        return f"{len(seen)} of these {len(asked)} {unit} have names that {by} was trained on ({some(seen)})"
 
     itself = {picture_of(name) for name in splits.trained_on(names)}
     trained = frozenset[str]().union(*splits.seen(run, seed))
-    if own and (seen := [name for name in split.names if picture_of(name) in itself]):
+    if own and (seen := [name for name in asked if picture_of(name) in itself]):
         raise InputError(
             f"{text(seen, str(run))}: the folder's lists or pictures have changed since; --split all scores them anyway"
         )
-    if seen := [name for name in split.names if picture_of(name) in trained]:
+    if seen := [name for name in asked if picture_of(name) in trained]:
         alone = all(picture_of(name) in itself for name in seen)
         print(text(seen, f"{run}" if alone else f"{run}, or a run that it started from,"))

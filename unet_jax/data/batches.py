@@ -62,6 +62,19 @@ def validation_rows(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def divide(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a train split to train on, and those kept for validation: `validation_rows`.
+
+    Pictures in which no pixel counts are left out of training: they would be steps whose loss is 0.
+
+    Raises:
+      InputError: as `validation_rows` does.
+    """
+    training, validation = validation_rows(split.names, fraction, seed, split.validation)
+    counting = np.array([(split.labels[row] != IGNORE_LABEL).any() for row in training], bool)
+    return training[counting] if counting.any() else training, validation
+
+
 def _take(images: Array, labels: Array, indices: Array, weights: Array) -> Batch:
     return Batch(images[indices], labels[indices], weights)
 

@@ -54,14 +54,23 @@ def fill_in(config: RunConfig) -> RunConfig:
         data = folder.fill_in(data, config.train.seed)
         data = dataclasses.replace(data, scale=data.scale or tiles.SCALE) if data.tiles else data
     if not batch_size:
-        available = training_pictures(data, sources(data, config.train.seed)["train"].size)
+        available = training_pictures(data, sources(data, config.train.seed)["train"], config.train.seed)
         batch_size = min(DEFAULT_BATCH_SIZE, max(available, 1))
     return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, batch_size=batch_size))
 
 
-def training_pictures(config: DataConfig, size: int) -> int:
-    """How many pictures (or tiles) of a train split of this size are trained on, except for rounding."""
-    taken = min(size, config.train_examples or size)
+def training_pictures(config: DataConfig, train: Source, seed: int) -> int:
+    """How many pictures (or tiles) of a train split are trained on; except for rounding, if it has no names yet.
+
+    Raises:
+      InputError: they cannot be divided into a training and a validation part.
+    """
+    from unet_jax.data.batches import validation_rows  # which imports JAX
+
+    taken = min(train.size, config.train_examples or train.size)
+    if train.names:
+        rows, _ = validation_rows(train.names[:taken], config.validation_fraction, seed, train.validation)
+        return len(rows)
     return taken - round(taken * config.validation_fraction)
 
 
@@ -100,18 +109,30 @@ def load_splits(config: RunConfig, cache_dir: str | Path | None = None) -> dict[
     counts = {"train": data.train_examples, "test": data.test_examples}
     found = sources(data, config.train.seed)
     check_classes_of_data(data.class_names, found["train"].class_names, data.dataset)
-    available = training_pictures(data, found["train"].size)
+    available = training_pictures(data, found["train"], config.train.seed)
     if config.train.batch_size > available:
-        raise InputError(f"--batch-size {config.train.batch_size} is larger than the {available} training pictures")
+        raise InputError(
+            f"--batch-size {config.train.batch_size} is larger than the {available} training {tiles.unit(data)}"
+        )
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     if data.tiles:
-        pieces = " + ".join(f"{source.size} {name}" for name, source in found.items())
-        print(f"cut into tiles of {size_text(data.image_size)}: {pieces}")
+        print(tiles_line(data, found))
     if not found["test"].size:
         print("there are no pictures to test on: all are trained on, but for what is kept for validation")
     return {
         name: load_split(source, data.image_size, counts[name], cache) for name, source in found.items() if source.size
     }
+
+
+def tiles_line(data: DataConfig, found: Mapping[str, Source]) -> str:
+    """What is said about a folder that was cut."""
+    counts = " + ".join(f"{source.size} {name}" for name, source in found.items())
+    height, width = sides(data.image_size)
+    pictures = [source.pictures for source in found.values() if source.pictures]
+    own = [size for source in pictures for size in tiles.sizes_at(source, data.scale or tiles.SCALE)]
+    small = sum(h < height or w < width for h, w in own)
+    mirrored = f"; {small} of {len(own)} pictures are smaller than a tile, and mirrored at their borders" * bool(small)
+    return f"cut into tiles of {size_text(data.image_size)}: {counts}{mirrored}"
 
 
 def whole(parts: Mapping[str, Source]) -> Source:
