@@ -62,7 +62,7 @@ def pick(options: "Options", config: RunConfig) -> Picked:
     if name in ("test", "all"):
         known = options.full_size and source.names  # so that no arrays need be made for them
         split = None if known else load_split(source, data.image_size, first or count, cache)
-        asked = split.names if split else source.names[:count]
+        asked = split.names if split else source.names[: first or count]
         if dataset == "folder" and not names:
             print(f"{options.run} {splits.UNKNOWN}")
         scored = list(dict.fromkeys(map(picture_of, asked))) if options.full_size else asked
