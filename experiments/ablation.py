@@ -53,6 +53,8 @@ def flags(setting: str) -> list[str]:
 def read(folder: Path) -> Trained:
     """The result of a finished run."""
     records = read_records(folder)
+    if records[-1].get("validation_mean_iou") is None:
+        raise InputError(f"{folder} has no mean IoU on a validation part: leave --validation-fraction as it is")
     return Trained(records[-1]["validation_mean_iou"], sum(record["seconds"] for record in records) / 60)
 
 

@@ -18,7 +18,10 @@ run() { # folder, then flags of run.py
     try experiments/run.py --workdir "$@"
 }
 for variant in $variants; do run "$out/seed0/$variant" --variant "$variant" --seed 0 "$@"; done
-[ -e "$out/benchmark/benchmark.md" ] || try experiments/benchmark.py ${BENCHMARK:-} --out "$out/benchmark"
+if [ ! -e "$out/benchmark/done" ]; then # its tables are there from the first row on
+    benchmark=(experiments/benchmark.py ${BENCHMARK:-} --out "$out/benchmark")
+    if python "${benchmark[@]}"; then touch "$out/benchmark/done"; else failed "${benchmark[@]}"; fi
+fi
 [ -s "$out/profile.md" ] || try experiments/profile_step.py ${PROFILE:---image-size 240 --batch-size 64} --out "$out/trace" >"$out/profile.md"
 run "$out/best" --variant best --validation-fraction 0.1 "$@"
 for seed in $seeds; do

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from unet_jax.commands.report import Run, read_run
 from unet_jax.errors import InputError, exit_on_input_error
-from unet_jax.metrics import held_out
+from unet_jax.metrics import cell, held_out
 from unet_jax.plots import quality_figure
 
 
@@ -56,7 +56,7 @@ def table(found: Sequence[Curve], levels: Sequence[float]) -> str:
     for curve in found:
         reached = [[m for m, iou in zip(curve.minutes, curve.mean_iou, strict=True) if iou >= at] for at in levels]
         times = [f"{minutes[0]:.1f}" if minutes else "-" for minutes in reached]
-        cells = [curve.label, curve.part, *times, f"{max(curve.mean_iou):.4f}", f"{curve.minutes[-1]:.1f}"]
+        cells = [cell(curve.label), curve.part, *times, f"{max(curve.mean_iou):.4f}", f"{curve.minutes[-1]:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

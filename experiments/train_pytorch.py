@@ -100,9 +100,11 @@ def train_epoch(config: RunConfig, network: Any, optimizer: torch.optim.Optimize
 def main(options: Options) -> None:
     config = runs.read_config(options.run)
     check(options, config)
-    data, model = config.data, config.model
+    model, data = config.model, dataclasses.replace(config.data, data_dir=runs.data_dir(options.run, config))
     counts = {"train": data.train_examples, "test": data.test_examples}
     found = sources(data, config.train.seed)
+    if not found["test"].size:
+        raise InputError(f"{options.run} has no test split to compare on: choose another run")
     train, test = (load_split(found[s], data.image_size, n, default_cache_dir()) for s, n in counts.items())
     torch.manual_seed(config.train.seed)
     network: Any = pytorch_reference.UNet(
@@ -110,7 +112,9 @@ def main(options: Options) -> None:
     ).to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.train.learning_rate)
     options.out.mkdir(parents=True, exist_ok=True)
-    runs.write_json(options.out / "config.json", to_dict(config))
+    precision: Any = "bfloat16" if DEVICE == "cuda" else "float32"  # that of `train_epoch`
+    made = dataclasses.replace(config, data=data, model=dataclasses.replace(model, precision=precision))
+    runs.write_json(options.out / "config.json", to_dict(made))
     framework = {"framework": "pytorch", "torch": torch.__version__, "torch_device": DEVICE}
     runs.write_json(options.out / "environment.json", environment.current() | framework)
     records: list[dict[str, Any]] = []

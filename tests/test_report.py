@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
@@ -13,6 +14,7 @@ import ablation
 import time_to_quality
 
 from unet_jax.commands import report
+from unet_jax.commands.evaluate import tables
 from unet_jax.commands.train import parse
 from unet_jax.config import default_config, to_dict
 from unet_jax.errors import InputError
@@ -35,7 +37,63 @@ def make_run(
         for i, loss in enumerate(losses, 1)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "summary.json").write_text(json.dumps({"epochs": len(lines)}))
     return folder
+
+
+def cell_of(row: str, name: str) -> str:
+    return row.strip("| ").split(" | ")[report.HEAD.index(name)]
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    folder = make_run(tmp_path / "stopped", 0, [0.9, 0.8])
+    (folder / "summary.json").unlink()
+    assert cell_of(report.row([report.read_run(folder)]), "epochs") == "2 of 25"
+
+
+def test_a_class_that_a_seed_lacks_is_named_with_its_seeds(tmp_path):
+    runs = [report.read_run(make_run(tmp_path / str(seed), seed, [0.5])) for seed in range(3)]
+    runs[2].scores["iou"]["border"] = 0.125
+    for ordered in (runs, runs[::-1]):
+        iou = set(cell_of(report.row(ordered), "IoU by class").split(", "))
+        assert iou == {"pet 0.250", "background 0.500", "border 0.125 (1 of 3 seeds)"}
+
+
+def test_names_that_would_break_a_table(tmp_path):
+    run = report.read_run(make_run(tmp_path / "run", 0, [0.5]))
+    run.scores["iou"] = {"a|b": 0.25, "c\nd": 0.5}
+    (line,) = report.row([run]).splitlines()
+    assert cell_of(line, "IoU by class") == "a\\|b 0.250, c d 0.500"
+    lines = tables({"iou": run.scores["iou"], "dice": run.scores["iou"]}, np.eye(2, dtype=int), ("a|b", "c\nd"))
+    assert {line.replace("\\|", "").count("|") for line in lines.splitlines() if line} == {4, 5}
+
+
+def test_published_losses_are_those_of_the_same_data_and_loss(tmp_path):
+    config = default_config("mp_tr_ce", "oxford_iiit_pet")
+    assert min(report.published_losses(config).values()) == 0.5283
+    assert not report.published_losses(replace(config, train=replace(config.train, loss="soft_dice")))
+    assert not report.published_losses(default_config("mp_tr_ce", "folder"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("environment.json", "[]"),
+        ("summary.json", "[]"),
+        ("metrics.jsonl", "5\n"),
+        ("metrics.jsonl", '{"epoch": 1, "test_loss": 0.5}\n'),
+        ("split.json", '{"train": null}'),
+        ("split.json", '{"train": ['),
+    ],
+)
+def test_a_damaged_run_is_left_out_and_the_others_reported(tmp_path, capsys, name, text):
+    sound, damaged = make_run(tmp_path / "a", 0, [0.5]), make_run(tmp_path / "b", 1, [0.5])
+    if name == "summary.json":
+        (damaged / "metrics.jsonl").write_text('{"validation_loss": 1, "seconds": 1, "images_per_second": 1}\n')
+    (damaged / name).write_text(text)
+    found = report.finished_runs([sound, damaged])
+    assert list(found) == [sound]
+    assert "left out" in capsys.readouterr().err
 
 
 def test_seeds_make_one_row_and_frameworks_two(tmp_path):
@@ -93,6 +151,7 @@ def test_a_run_with_validation_counts_by_its_summary(tmp_path):
     names = {"epoch", "train_loss", "seconds", "images_per_second"}
     held_out = {k if k in names else f"validation_{k.removeprefix('test_')}": v for k, v in record.items()}
     (folder / "metrics.jsonl").write_text(json.dumps(held_out))
+    (folder / "summary.json").unlink()
     with pytest.raises(InputError, match=r"run is no finished run: it has no summary\.json$"):
         report.read_run(folder)
     (folder / "summary.json").write_text(json.dumps({"test": {**record, "test_loss": 0.25}}))
@@ -154,7 +213,7 @@ def test_runs_on_other_pictures_are_rows_of_their_own(tmp_path):
         if "/" not in data:
             environment = json.loads((folder / "environment.json").read_text())
             (folder / "environment.json").write_text(json.dumps({**environment, "data_dir": "../pictures/X"}))
-        (folder / "split.json").write_text(json.dumps({"train": names, "test": ["z"]}))
+        (folder / "split.json").write_text(json.dumps({"train": [names], "test": ["z"]}))
     rows = report.table(map(report.read_run, folders)).splitlines()[2:]
     assert [(row.split(" | ")[1], row.split(" | ")[7]) for row in rows] == [
         ("folder X", "0 2 5"),
@@ -216,7 +275,8 @@ def test_time_to_quality_counts_the_run_that_another_began_from(tmp_path, monkey
         "| first | test | 0.2 | - | - | 0.6000 | 0.5 |",
     ]
     assert (tmp_path / "out" / "time_to_quality.png").read_bytes()[:4] == b"\x89PNG"
-    (first / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "train_loss": 0.5, "seconds": 10.0}))
+    record = {"epoch": 1, "train_loss": 0.5, "seconds": 10.0, "images_per_second": 1.0}
+    (first / "metrics.jsonl").write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"first has no mean IoU: it had neither a test split nor a validation part$"):
         time_to_quality.curves([first])
 

@@ -226,6 +226,16 @@ def test_overwrite_starts_anew_and_keeps_other_files(home, finished):
     assert json.loads((run / "config.json").read_text())["train"]["seed"] == 1
     assert (run / "notes.txt").read_text() == "mine"
     assert [r["epoch"] for r in records(run)] == [1, 2]
+    # A run does not start anew from itself, nor without a word where its checkpoints are gone.
+    flags = [*SMALL, "--seed", 1, "--workdir", run]
+    refused = execute(home, "run.py", *flags, "--overwrite", "--init-from", run, status=2)
+    assert "is the run itself, which would be lost" in refused
+    (run / "checkpoints").rename(run / "away")
+    refused = execute(home, "run.py", *flags, "--epochs", 3, status=2)
+    assert "has 2 epochs but no checkpoint" in refused
+    (run / "away").rename(run / "checkpoints")
+    assert "going on from step" in execute(home, "run.py", *flags, "--epochs", 3)
+    assert "notes.txt is no folder" in execute(home, "run.py", *SMALL, "--workdir", run / "notes.txt", status=2)
 
 
 def test_help_names_the_flags(home):

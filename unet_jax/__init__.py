@@ -21,16 +21,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unet_jax.errors import InputError
     from unet_jax.experiment import run
     from unet_jax.losses import cross_entropy, log_dice, make_loss, soft_dice
     from unet_jax.model import UNet
     from unet_jax.predict import load
 
 __version__ = "0.2.0"
-__all__ = ["UNet", "__version__", "cross_entropy", "load", "log_dice", "make_loss", "run", "soft_dice"]
+__all__ = ["InputError", "UNet", "__version__", "cross_entropy", "load", "log_dice", "make_loss", "run", "soft_dice"]
 
 # Imported on first use, so that --help and `import unet_jax` do not wait for JAX, nor `UNet` for code that reads files.
 _MODULES = {
+    "InputError": "errors",
     "UNet": "model",
     **dict.fromkeys(("cross_entropy", "log_dice", "make_loss", "soft_dice"), "losses"),
     "load": "predict",

@@ -107,7 +107,9 @@ def restore(folder: Path, abstract: TrainState, sharding: NamedSharding, whole_e
       InputError: the folder has no checkpoint, or none that can be read and fits the config.
     """
     if not exists(folder):
-        raise InputError(f"no complete checkpoint in {folder}: the run was stopped before its first epoch ended")
+        raise InputError(
+            f"no complete checkpoint in {folder}: the run was stopped before its first epoch ended, or they are gone"
+        )
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), _fields(abstract))
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
     skipped: list[str] = []

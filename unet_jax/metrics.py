@@ -126,6 +126,11 @@ def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def cell(text: object) -> str:
+    """A text as a cell of a Markdown table."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
 def best_epoch(records: Sequence[Mapping[str, Any]]) -> int:
     """The index of the record of metrics.jsonl with the highest mean IoU on validation; of equals, the last."""
     return max(range(len(records)), key=lambda i: (records[i]["validation_mean_iou"] or 0, i))

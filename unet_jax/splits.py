@@ -45,11 +45,16 @@ def read(folder: Path) -> dict[str, list[str]]:
       InputError: the file cannot be read.
     """
     try:
-        return dict(json.loads((folder / "split.json").read_text()))
+        names = json.loads((folder / "split.json").read_text())
+        if not isinstance(names, dict) or not all(isinstance(part, list) for part in names.values()):
+            raise ValueError("it has no lists of names")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder}/split.json cannot be read ({error})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder}/split.json cannot be read ({error}): remove it, and training writes it again"
+        ) from None
+    return names
 
 
 def trained_on(names: Mapping[str, Sequence[str]]) -> set[str]:

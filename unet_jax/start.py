@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from unet_jax import device, runs, splits, train, weights
+from unet_jax import checkpoint, device, runs, splits, train, weights
 from unet_jax.checkpoint import Progress, Restored
 from unet_jax.config import RunConfig, differences
 from unet_jax.data.classes import some
@@ -23,6 +23,8 @@ def what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
     """A line on what a finished run has done, or "" if there is more to do. Refuses a folder of something else."""
     if overwrite or not folder.exists():
         return ""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: choose another --workdir")
     if not (folder / "config.json").exists():
         if any(p.name not in (".lock", "split.json") for p in folder.iterdir()):  # those come before config.json
             raise InputError(f"{folder} holds other files than a run's: choose another --workdir")
@@ -38,6 +40,13 @@ def what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
         return f"{folder} stopped after {done} by --patience {patience}: give more of it, or --overwrite to start anew"
     if len(records) >= config.train.epochs:
         return f"{folder} has its {done} already: give more --epochs, or --overwrite to start anew"
+    # One epoch may have been recorded before its checkpoint was there.
+    metrics = folder / "metrics.jsonl"
+    recorded = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    if recorded > 1 and not checkpoint.exists(folder / "checkpoints"):
+        raise InputError(
+            f"{folder} has {epochs_text(recorded)} but no checkpoint: put its checkpoints/ back, or --overwrite"
+        )
     return ""
 
 
@@ -58,8 +67,14 @@ def settle_precision(config: RunConfig, folder: Path, placement: Placement, over
     return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
 
 
-def start_from(config: RunConfig, placement: Placement) -> Restored:
-    """A fresh state at step 0, with the parameters and statistics of --init-from if given."""
+def start_from(config: RunConfig, folder: Path, placement: Placement) -> Restored:
+    """A fresh state at step 0, with the parameters and statistics of --init-from if given. It is for the run in folder.
+
+    Raises:
+      InputError: --init-from is no run, one of another network, or the run in the folder itself.
+    """
+    if config.train.init_from and Path(config.train.init_from).resolve() == folder.resolve():
+        raise InputError(f"--init-from {folder} is the run itself, which would be lost: choose another --workdir")
     state = runs.fresh_state(config, placement)
     if config.train.init_from:
         theirs, restored = runs.load(Path(config.train.init_from), placement)

@@ -76,7 +76,7 @@ def evaluate_run(options: Options) -> None:
     text = tables(scores, confusion, classes)
     runs.write_text(out / "tables.md", text)
     if picked.split and not options.full_size:
-        draw_extremes(steps, restored.state, picked.split, by_picture, config.data, out, options.run.name)
+        draw_extremes(steps, restored.state, picked.split, by_picture, config.data, out, options.run.resolve().name)
     step = int(restored.state.step)
     trained = f"epoch {epoch}" if epoch else f"step {step}" if step else "imported weights"
     scored = "pictures" if options.full_size else unit(config.data)
@@ -108,13 +108,14 @@ def score(
 
 def tables(scores: dict[str, Any], confusion: np.ndarray, names: tuple[str, ...]) -> str:
     """Markdown: IoU and Dice by class, and the confusion matrix with rows that sum to 100 %."""
-    from unet_jax.metrics import shown
+    from unet_jax.metrics import cell, shown
 
     shares = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     lines = ["| class | IoU | Dice | pixels |", "|---|---|---|---|"]
     for i, name in enumerate(names):
         cells = [shown(scores[k][name]) for k in ("iou", "dice")]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {confusion[i].sum() / max(confusion.sum(), 1):.1%} |")
+        lines.append(f"| {cell(name)} | {cells[0]} | {cells[1]} | {confusion[i].sum() / max(confusion.sum(), 1):.1%} |")
+    names = tuple(map(cell, names))
     lines += ["", f"| true \\ predicted, % | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {n} | {' | '.join(f'{v:.1f}' for v in row)} |" for n, row in zip(names, shares, strict=True)]
     return "\n".join(lines) + "\n"

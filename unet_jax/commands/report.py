@@ -26,6 +26,7 @@ class Run(NamedTuple):
     scores: dict[str, Any]  # of that part by name, after the last epoch or the one that validation chose
     names: frozenset[str]  # of all its pictures; none if an older version made the run
     pictures: str | None  # the real path of the user's own folder of pictures, which may be gone by now
+    finished: bool
 
     @property
     def framework(self) -> str:
@@ -68,13 +69,15 @@ def read_run(folder: Path) -> Run:
         environment = json.loads((folder / "environment.json").read_text())
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         scores, finished = records[-1] if records else {}, len(records)
+        if not all({"seconds", "images_per_second"} <= part.keys() for part in records) or not environment.keys():
+            raise ValueError("records without seconds")
         if "validation_loss" in scores:
             summary = json.loads((folder / "summary.json").read_text())
             finished = summary.get("epochs", len(records))
             scores = summary.get("test", records[best_epoch(records)])
     except FileNotFoundError as error:
         raise InputError(f"{folder} is no finished run: it has no {Path(error.filename).name}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # damaged files, or other programs'
         raise InputError(f"{folder} cannot be read as a finished run ({error})") from None
     if not records:
         raise InputError(f"{folder} has no finished epoch")
@@ -84,7 +87,8 @@ def read_run(folder: Path) -> Run:
     data, pictures = config.data, None
     if data.dataset == "folder" and data.data_dir:  # environment.json has the way to a relative one
         pictures = os.path.realpath(folder.resolve() / environment.get("data_dir", Path(data.data_dir).absolute()))
-    return Run(config, environment, records, *held_out(scores), names, pictures)
+    is_finished = len(records) >= config.train.epochs or (folder / "summary.json").exists()
+    return Run(config, environment, records, *held_out(scores), names, pictures, is_finished)
 
 
 HEAD = ("variant", "data", "size", "pictures", "epochs", "other settings", "framework", "seeds", "published best loss",
@@ -115,31 +119,44 @@ def settings(config: RunConfig) -> str:
     return ", ".join(f"{k.split('.')[1]} {v.split(' -> ')[1]}" for k, v in pairs if k not in IN_COLUMNS) or "-"
 
 
+def published_losses(config: RunConfig) -> dict[int, float]:
+    """The published test losses by epoch that a run with this config can be compared with; {} if there are none."""
+    recipe = VARIANTS.get(config.variant)
+    comparable = recipe and recipe.loss == config.train.loss and config.data.dataset != "folder"
+    return dict(TEST_LOSSES.get(config.variant, {})) if comparable else {}
+
+
 def row(runs: list[Run]) -> str:
     """A line of the table, for runs that differ only in their seeds."""
+    from unet_jax.metrics import cell
+
     config, data = runs[0].config, runs[0].config.data
-    recipe = VARIANTS.get(config.variant)
-    comparable = recipe and recipe.loss == config.train.loss and data.dataset != "folder"
-    published = TEST_LOSSES.get(config.variant) if comparable else None
+    published = published_losses(config)
+    epochs = f"{len(runs[0].records)}" + f" of {config.train.epochs}" * (not runs[0].finished)
     best = [min(r["test_loss"] for r in run.records) for run in runs if "test_loss" in run.records[-1]]
     iou = [{k: v for k, v in run.scores.get("iou", {}).items() if v is not None} for run in runs]
+
+    def class_score(name: str) -> str:
+        values = [scores[name] for scores in iou if name in scores]
+        some = f" ({len(values)} of {len(runs)} seeds)" * (len(values) < len(runs))
+        return f"{name} {statistics.mean(values):.3f}{some}"
 
     def score(name: str) -> str:
         values = [run.scores[name] for run in runs if run.scores.get(name) is not None]
         return spread(values) + " (validation)" * (runs[0].part == "validation") if values else "-"
 
     cells = (
-        config.variant, runs[0].data, size_text(data.image_size), data.train_examples or "all", len(runs[0].records),
+        config.variant, runs[0].data, size_text(data.image_size), data.train_examples or "all", epochs,
         settings(config), runs[0].framework, " ".join(str(run.config.train.seed) for run in runs),
         min(published.values()) if published else "-",
         score("loss"), spread(best) if best else "-", score("mean_iou"),
-        ", ".join(f"{name} {statistics.mean(i[name] for i in iou if name in i):.3f}" for name in iou[0]),
+        ", ".join(map(class_score, dict.fromkeys(name for scores in iou for name in scores))),
         score("pixel_accuracy"),
         spread((statistics.median(r["seconds"] for r in run.records) for run in runs), ".1f"),
         spread((statistics.median(r["images_per_second"] for r in run.records) for run in runs), ".0f"),
         runs[0].device, runs[0].commit,
     )  # fmt: skip
-    return f"| {' | '.join(map(str, cells))} |\n"
+    return f"| {' | '.join(map(cell, cells))} |\n"
 
 
 def share_a_row(one: Run, other: Run) -> bool:
@@ -203,7 +220,9 @@ def write_comparison(runs: dict[Path, Run], out: Path | None = None, name: str =
     for label, run in zip(labels, runs.values(), strict=True):
         panels.setdefault(run.config.variant, {})[label] = run.records
     datasets = sorted({run.config.data.dataset for run in runs.values()})
-    points = {variant: TEST_LOSSES.get(variant, {}) for variant in panels} if datasets != ["folder"] else {}
+    points: dict[str, dict[int, float]] = {variant: {} for variant in panels}
+    for run in runs.values():
+        points[run.config.variant] |= published_losses(run.config)
     plots.comparison_figure(panels, points, f"test loss on {', '.join(datasets)}").savefig(out / f"{name}.png")
     print(text)
 
