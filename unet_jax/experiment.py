@@ -116,7 +116,7 @@ def train_run(
     names_of_parts = {name: part.names if part else [] for name, part in parts._asdict().items()}
     initial = None
     if overwrite or not checkpoint.exists(folder / "checkpoints"):
-        initial = start_from(config, folder, placement)  # before the lock, so that a refusal leaves no folder
+        initial = start_from(config, placement)  # before the lock, so that a refusal leaves no folder
         tell_overlap(config, names_of_parts)
     with runs.lock(folder):
         if done := what_is_done(folder, config, overwrite):  # by another process in the meantime

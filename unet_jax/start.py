@@ -21,6 +21,8 @@ from unet_jax.progress import epochs_text
 
 def what_is_done(folder: Path, config: RunConfig, overwrite: bool) -> str:
     """A line on what a finished run has done, or "" if there is more to do. Refuses a folder of something else."""
+    if overwrite and config.train.init_from and Path(config.train.init_from).resolve() == folder.resolve():
+        raise InputError(f"--init-from {folder} is the run itself, which would be lost: choose another --workdir")
     if overwrite or not folder.exists():
         return ""
     if not folder.is_dir():
@@ -67,14 +69,8 @@ def settle_precision(config: RunConfig, folder: Path, placement: Placement, over
     return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
 
 
-def start_from(config: RunConfig, folder: Path, placement: Placement) -> Restored:
-    """A fresh state at step 0, with the parameters and statistics of --init-from if given. It is for the run in folder.
-
-    Raises:
-      InputError: --init-from is no run, one of another network, or the run in the folder itself.
-    """
-    if config.train.init_from and Path(config.train.init_from).resolve() == folder.resolve():
-        raise InputError(f"--init-from {folder} is the run itself, which would be lost: choose another --workdir")
+def start_from(config: RunConfig, placement: Placement) -> Restored:
+    """A fresh state at step 0, with the parameters and statistics of --init-from if given."""
     state = runs.fresh_state(config, placement)
     if config.train.init_from:
         theirs, restored = runs.load(Path(config.train.init_from), placement)
