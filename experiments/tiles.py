@@ -14,6 +14,8 @@ from scipy.spatial import cKDTree
 import unet_jax
 from unet_jax.commands.evaluate import Options, evaluate_run
 from unet_jax.config import RunConfig, default_config
+from unet_jax.errors import exit_on_input_error
+from unet_jax.runs import read_records
 
 WALL = 3.0  # pixels
 
@@ -49,7 +51,7 @@ def row(config: RunConfig, run: Path) -> str:
     unet_jax.run(config, run)
     evaluate_run(Options(run))
     evaluate_run(Options(run, full_size=True))
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(run)
     found = [
         json.loads((run / f"evaluation-test{kind}" / "evaluation.json").read_text()) for kind in ("", "-full-size")
     ]
@@ -84,4 +86,5 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with exit_on_input_error():
+        tyro.cli(main)

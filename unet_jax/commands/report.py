@@ -62,12 +62,12 @@ def read_run(folder: Path) -> Run:
     """
     from unet_jax import splits
     from unet_jax.metrics import best_epoch, held_out
-    from unet_jax.runs import read_config
+    from unet_jax.runs import read_config, read_records
 
     config = read_config(folder)
     try:
         environment = json.loads((folder / "environment.json").read_text())
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        records = read_records(folder)
         scores, finished = records[-1] if records else {}, len(records)
         if not all({"seconds", "images_per_second"} <= part.keys() for part in records) or not environment.keys():
             raise ValueError("records without seconds")
