@@ -230,6 +230,8 @@ def test_a_path_is_read_as_training_reads_it(predictor, tmp_path):
     path = tmp_path / "phone.png"
     np.testing.assert_array_equal(predictor(str(path), probabilities=True), expected)
     np.testing.assert_array_equal(predictor([path, upright], probabilities=True)[0], expected)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(predictor(opened, probabilities=True), expected)
     with pytest.raises(InputError, match=r"nowhere.png: No such file or directory$"):
         predictor(tmp_path / "nowhere.png")
 
@@ -250,6 +252,17 @@ def test_what_is_no_picture(predictor, bad):
         predictor(bad)
 
 
+def test_an_array_without_colours_is_named_whole(predictor):
+    with pytest.raises(InputError, match=r"picture 0 is uint8 of shape \(50, 60\): pictures are"):
+        predictor(np.zeros((50, 60), np.uint8))
+
+
+def test_greys_of_pillow_are_read_as_a_file_is(predictor, tmp_path):
+    grey = Image.fromarray(picture(40, 56)).convert("L")
+    grey.save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(predictor(grey), predictor(tmp_path / "grey.png"))
+
+
 @pytest.mark.parametrize("kind", [jnp.asarray, Image.fromarray])
 def test_pictures_of_other_libraries_are_arrays(predictor, kind):
     image = picture(40, 56)
@@ -266,7 +279,8 @@ def test_bad_arguments(run, tmp_path, predictor):
     for bad in (3, None):
         with pytest.raises(InputError, match="is no picture: pictures are uint8 arrays"):
             predictor(bad)
-    for bad in (100, 512.0):
+    assert predict.load(run, tile_size=np.int64(256)).tile_size == 256
+    for bad in (0, 100, 512.0):
         with pytest.raises(InputError, match="multiple of 128"):
             predict.load(run, tile_size=bad)
     with pytest.raises(InputError, match="unknown format 'tflite': choose from jax, onnx, weights"):

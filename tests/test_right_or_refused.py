@@ -20,7 +20,7 @@ from unet_jax.commands import evaluate as evaluate_command
 from unet_jax.commands import predict as predict_command
 from unet_jax.commands import train as train_command
 from unet_jax.config import ModelConfig, RunConfig, default_config, differences, from_dict, to_dict
-from unet_jax.data import oxford_iiit_pet, pictures
+from unet_jax.data import masks, oxford_iiit_pet, pictures
 from unet_jax.data.datasets import load_splits, sources
 from unet_jax.errors import InputError
 from unet_jax.start import start_from
@@ -225,6 +225,40 @@ def test_brackets_in_a_name_are_found(tmp_path):
     ]
 
 
+def test_a_link_beside_its_picture_is_a_picture_of_its_own(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "0link.png").symlink_to("a.png")
+    found, _ = predict_command.find([str(tmp_path), str(tmp_path / ".." / tmp_path.name / "a.png")])
+    assert [path.name for path in found] == ["0link.png", "a.png"]
+
+
+def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path):
+    (tmp_path / "file").touch()
+    assert device._can_write(tmp_path / "new" / "xla")
+    assert not device._can_write(tmp_path / "file" / "xla")
+
+
+def test_an_empty_word_is_not_the_current_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit, match="2"):
+        predict_command.command(["", "--out", "out"])
+    assert "an argument is empty" in capsys.readouterr().err
+
+
+def test_tiffs_in_which_0_is_white_are_read_inverted_or_refused(tmp_path):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    white_is_zero = {262: 0}
+    Image.fromarray(grey).save(tmp_path / "8.tif", tiffinfo=white_is_zero)
+    np.testing.assert_array_equal(pictures.read_picture(tmp_path / "8.tif")[..., 0], grey)
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "16.tif", tiffinfo=white_is_zero)
+    with pytest.raises(InputError, match="0 is white: save it with black as 0"):
+        pictures.read_picture(tmp_path / "16.tif")
+    for name in ("8.tif", "16.tif"):
+        with pytest.raises(InputError, match="0 is white: save it with black as 0"):
+            masks.look(tmp_path / name, ())
+
+
 def test_a_larger_picture_is_taken_where_its_size_is_allowed(tmp_path, monkeypatch, capsys):
     for module, name in ((pictures, "MAX_PIXELS"), (Image, "MAX_IMAGE_PIXELS")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
@@ -234,6 +268,8 @@ def test_a_larger_picture_is_taken_where_its_size_is_allowed(tmp_path, monkeypat
     options = predict_command.Options(run, (str(tmp_path / "x.png"),), tmp_path / "out", mode="tile")
     assert predict_command.main(dataclasses.replace(options, max_megapixels=0.001)) == 2
     assert "40 pixels, the limit is 0 million (--max-megapixels of predict)" in capsys.readouterr().err
+    assert predict_command.main(dataclasses.replace(options, max_megapixels=0.0005)) == 2  # Pillow refuses it itself
+    assert "has over 0 million pixels, which is the limit (--max-megapixels" in capsys.readouterr().err
     assert predict_command.main(dataclasses.replace(options, max_megapixels=0.002)) == 0
     with Image.open(tmp_path / "out" / "x_mask.png") as mask:
         assert mask.size == (50, 40)

@@ -64,7 +64,7 @@ def warp(images: ArrayLike, labels: ArrayLike, change: Change) -> tuple[Array, A
     y, x = (jnp.arange(size, dtype=jnp.float32) - (size - 1) / 2 for size in (h, w))
     y, x = y[None, :, None], x[None, None, :] * jnp.where(flip < 0, -1, 1)
     scale = jnp.exp(log_scale)
-    # Whatever the shift, a window smaller than the picture stays inside it, and a larger one contains it.
+    # Whatever the shift, a window smaller than the picture stays inside it (unless turned), a larger one contains it.
     at_y = scale * (jnp.cos(angle) * y + jnp.sin(angle) * x) + shift_y * (1 - scale) * ((h - 1) / 2)
     at_x = scale * (jnp.cos(angle) * x - jnp.sin(angle) * y) + shift_x * (1 - scale) * ((w - 1) / 2)
     inside = (jnp.abs(at_y) <= h / 2) & (jnp.abs(at_x) <= w / 2)

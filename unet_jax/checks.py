@@ -74,8 +74,11 @@ def check_config(config: RunConfig) -> None:
     names = [name for _, name in loss_terms(train.loss)]
     if train.class_weights and "cross_entropy" not in names:
         raise InputError(f"--class-weights are those of cross_entropy, which --loss {train.loss} lacks")
-    if not all(0 <= weight < math.inf for weight in train.class_weights) or set(train.class_weights) == {0}:
-        raise InputError(f"--class-weights are {train.class_weights}: they must be finite, not negative, and not all 0")
+    if not all(0 < weight < math.inf for weight in train.class_weights):
+        raise InputError(
+            f"--class-weights are {train.class_weights}: they must be positive and finite; for pixels that are not to"
+            f" count, masks have {IGNORE_LABEL}, or the value that classes.json has as ignore"
+        )
     if train.class_weights and data.class_names and len(train.class_weights) != len(data.class_names):
         raise InputError(f"--class-weights are {len(train.class_weights)}, the classes {', '.join(data.class_names)}")
 

@@ -148,7 +148,7 @@ class TrainConfig:
     """Run folder whose parameters and batch norm statistics training starts from; pets: the network that comes with
     unet_jax (with --widths 16 32 64 128 256). In an imported run: the file of weights that it was made from."""
     class_weights: tuple[float, ...] = ()
-    """Weight of each class's pixels in cross_entropy, a weighted mean over pixels. Default: all the same."""
+    """Weight of each class's pixels in cross_entropy, a weighted mean over pixels; above 0. Default: all the same."""
     schedule: Schedule = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 along half a cosine."""
     warmup_epochs: int = 0

@@ -1,5 +1,6 @@
 """What depends on the device: placement of arrays, precision, compiler options, memory, the compilation cache."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -122,12 +123,19 @@ def set_up(compilation_cache: Path | None) -> None:
     """Sets up JAX, memory and loggers for this process. Call it before JAX's backend starts.
 
     Compiled programs are kept in the folder, or in JAX_COMPILATION_CACHE_DIR if it is set: a second start is quick.
+    Where the folder cannot be written, nothing is kept.
     """
-    if compilation_cache and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    if compilation_cache and not jax.config.jax_compilation_cache_dir and _can_write(compilation_cache):  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     keep_freed_memory()
     quiet()
+
+
+def _can_write(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
 
 
 def describe() -> str:

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from unet_jax.signals import ending_at_once
 
 # What a disk may refuse.
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+STORAGE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some room or choose another folder"),
+    **dict.fromkeys((errno.EACCES, errno.EROFS), "allow it or choose another folder"),
+}
 SIGPIPE_STATUS = 128 + 13
 
 
@@ -67,7 +70,7 @@ def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
     except OSError as error:
         if error.errno not in (*STORAGE, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise
-        advice = "free some room or choose another folder" if error.errno in STORAGE else "choose another name"
+        advice = STORAGE.get(error.errno, "choose another name")
         message = f"{error.strerror}: {error.filename or 'writing a file'}; {advice}"
     except (AssertionError, RuntimeError):
         if not (message := _unusable_platform()):

@@ -48,8 +48,8 @@ def run(
 
     An unfinished run of the same config in the folder continues from its newest checkpoint; a finished one is left
     alone. The keywords are options of the command `train`, and the output is the same. As with the command, the process
-    keeps freed memory for the next step and compiled programs for the next start (`device.set_up`). SIGTERM ends it, by
-    SystemExit, once the step under way is saved.
+    keeps freed memory for the next step (so that JAX no longer dispatches asynchronously on the CPU) and compiled
+    programs for the next start (`device.set_up`). SIGTERM ends it, by SystemExit, once the step under way is saved.
 
     Args:
       config: all settings of the run, for example `config.default_config("mp_tr_dice", "synthetic")`, changed by

@@ -84,7 +84,8 @@ class BatchNorm(nn.Module):
     """Batch norm over N, H, W (Ioffe and Szegedy 2015, arXiv:1502.03167): x [N, H, W, C] to the same shape and dtype.
 
     Parameters scale, bias [C]. batch_stats: moving averages mean, var [C] (var biased, as in Flax) with momentum 0.9,
-    which PyTorch calls 0.1.
+    which PyTorch calls 0.1. The variance is that of Flax too, mean(x^2) - mean(x)^2: inexact if the mean is a hundred
+    times the standard deviation.
     """
 
     epsilon: float = 1e-5

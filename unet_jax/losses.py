@@ -11,13 +11,13 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from unet_jax.checks import loss_terms
 from unet_jax.config import IGNORE_LABEL
 from unet_jax.errors import names_for_flags
+from unet_jax.layers import wide_dtype
 
 Loss = Callable[[Array, ArrayLike, ArrayLike | None], Array]
 
@@ -59,7 +59,7 @@ def log_likelihood(logits: Array, labels: ArrayLike) -> Array:
 
 
 def _wide(logits: Array) -> Array:
-    return logits.astype(np.promote_types(logits.dtype, np.float32))
+    return logits.astype(wide_dtype(logits))
 
 
 def _mean(values: Array, weights: Array) -> Array:

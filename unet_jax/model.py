@@ -10,7 +10,6 @@ from typing import Any
 import chex
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -37,7 +36,10 @@ class DoubleConv(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width and sets the features: [N, H, W, I] to [N, 2H, 2W, features]."""
+    """Doubles height and width and sets the features: [N, H, W, I] to [N, 2H, 2W, features].
+
+    As published, batch norm and ReLU follow the resize, and nothing follows the transposed convolution.
+    """
 
     features: int
     method: Upsampling
@@ -100,6 +102,6 @@ class UNet(nn.Module):
         for i, (width, skip) in reversed(list(enumerate(zip(self.widths[:-1], skips, strict=True)))):
             x = Upsample(width, self.upsampling, **common, name=f"up{i + 1}")(x, train)
             x = block(width, **common, name=f"decoder{i + 1}")(self.layers.join([skip, x]), train)
-        x = self.layers.Conv(self.widths[0], dtype=self.dtype, name="head")(x)
+        x = self.layers.Conv(self.widths[0], dtype=self.dtype, name="head")(x)  # as published, without ReLU
         logits = self.layers.Conv(self.num_classes, kernel_size=1, dtype=self.dtype, name="logits")(x)
-        return logits.astype(np.promote_types(self.dtype, np.float32))
+        return logits.astype(plain_layers.wide_dtype(logits))

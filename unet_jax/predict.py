@@ -15,7 +15,7 @@ from unet_jax import device, runs
 from unet_jax.checkpoint import Restored
 from unet_jax.config import RunConfig, Tta, sides
 from unet_jax.data.cache import resize
-from unet_jax.data.pictures import WHITE, read_picture
+from unet_jax.data.pictures import WHITE, read_picture, scale, upright
 from unet_jax.data.source import Example
 from unet_jax.errors import InputError
 from unet_jax.model import UNet
@@ -41,7 +41,8 @@ def probabilities_step(state: TrainState, images: Array, views: Views = ((),), *
 class Predictor:
     """A trained network; call it with one picture uint8 [H, W, 3], or with a list of pictures of any sizes.
 
-    A picture may be the path of its file. The file is read as training reads it: upright, transparent parts on white.
+    A picture may be the path of its file, or Pillow's. It is read as training reads files: upright, transparent parts
+    on white.
 
     Mode "resize" resizes pictures to the training size and probabilities back. "tile" predicts in overlapping windows
     of `tile_size` at the scale of training (config.data.scale), "native" in windows at the pictures' own resolution.
@@ -66,10 +67,10 @@ class Predictor:
         Raises:
           InputError: another mode or tta, something that is no picture, or a file that cannot be read.
         """
-        given: Any = images if isinstance(images, (Sequence, Path)) else to_numpy(images)
-        if not isinstance(given, (np.ndarray, Sequence, Path)):
+        given: Any = images if isinstance(images, (Sequence, Path, Image.Image)) else to_numpy(images)
+        if not isinstance(given, (np.ndarray, Sequence, Path, Image.Image)):
             raise InputError(f"{type(images).__name__} is no picture: pictures are uint8 arrays [H, W, 3]")
-        single = isinstance(given, (str, Path)) or (isinstance(given, np.ndarray) and given.ndim == 3)
+        single = isinstance(given, (str, Path, Image.Image)) or (isinstance(given, np.ndarray) and given.ndim != 4)
         several: Any = [given] if single else given
         pictures = [self.read(picture) for picture in several]
         for i, picture in enumerate(pictures):
@@ -93,9 +94,12 @@ class Predictor:
         return answers[0] if single else answers
 
     def read(self, picture: Any) -> Any:
-        """The picture uint8 [H, W, 3] in a file, by the run's white; anything else as NumPy's array, if it is one."""
+        """uint8 [H, W, 3] of a file or of Pillow's picture, by the run's white; an array of another kind as NumPy's."""
+        white = self.config.data.white or WHITE
         if isinstance(picture, (str, Path)):
-            return read_picture(Path(picture), self.config.data.white or WHITE)
+            return read_picture(Path(picture), white)
+        if isinstance(picture, Image.Image):
+            return scale(upright(picture), white)
         return to_numpy(picture)
 
     def batch_size(self, height: int, width: int) -> int:
@@ -171,8 +175,9 @@ def predictor(
 ) -> Predictor:
     """What `load` gives, for a checkpoint that has been read."""
     margin = margin_of(len(config.model.widths))
-    tile_size = tile_size or max(512, 8 * margin)
-    if not isinstance(tile_size, int) or tile_size % UNIT or tile_size < 3 * margin:
+    if tile_size is None:
+        tile_size = max(512, 8 * margin)
+    if not isinstance(tile_size, int | np.integer) or tile_size % UNIT or tile_size < 3 * margin:
         least = -(-3 * margin // UNIT) * UNIT
         raise InputError(f"tiles of {tile_size}: this network needs a multiple of {UNIT} that is {least} or more")
     step = partial(probabilities_step, model=make_model(config.model, len(config.data.class_names), placement))
@@ -187,7 +192,7 @@ def predictor(
 
 
 def to_numpy(picture: Any) -> Any:
-    """NumPy's array of a picture of JAX, PyTorch or Pillow; anything else as it is."""
+    """NumPy's array of a picture of JAX or PyTorch; anything else as it is."""
     is_array = hasattr(picture, "__array__") or hasattr(picture, "__array_interface__")
     return np.asarray(picture) if is_array else picture
 

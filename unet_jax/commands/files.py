@@ -22,7 +22,7 @@ GROUP_PIXELS = 2**24  # of pictures that are read, segmented and written togethe
 def find(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The files that the patterns match, each once, and a line for each pattern that matches none."""
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
     bad = []
     for pattern in patterns:
         is_folder = os.path.isdir(pattern)  # False for a name that is too long, where Path raises
@@ -45,7 +45,7 @@ def find(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
             nothing = f"the folder has no pictures of known formats{others and f' ({others})'}"
             bad.append(f"{pattern}: {nothing if is_folder else 'there is no such file'}")
         for file in files:
-            found.setdefault(file.resolve(), file)
+            found.setdefault(os.path.abspath(file), file)
     return list(found.values()), bad
 
 

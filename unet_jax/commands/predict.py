@@ -216,4 +216,6 @@ def command(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Runs the command with these arguments, by default the arguments of the process."""
     with exit_on_input_error():
         args = with_tta_named(sys.argv[1:] if argv is None else argv)
+        if "" in args:  # an unset variable of the shell; as a path it is the folder that one is in
+            raise InputError("an argument is empty: give the name of a run, of a picture or of a folder")
         sys.exit(main(tyro.cli(Options, args=args, prog=prog, description=__doc__)))

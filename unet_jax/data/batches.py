@@ -55,8 +55,10 @@ def validation_rows(
     order = np.lexsort((rng.random(len(pictures)), groups))
     kept = np.diff(np.floor(np.arange(len(pictures) + 1) * fraction + rng.random())) > 0
     if fraction and (kept.all() or not kept.any()):
-        some = "all" if kept.all() else "none"
-        raise InputError(f"--validation-fraction {fraction} of {len(pictures)} pictures is {some}: give more pictures")
+        how_many = "all" if kept.all() else "none"
+        raise InputError(
+            f"--validation-fraction {fraction} of {len(pictures)} pictures is {how_many}: give more pictures"
+        )
     drawn = {pictures[i] for i in order[kept]}
     held_out = np.array([picture in drawn for picture in whole], bool)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

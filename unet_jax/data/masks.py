@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from unet_jax.config import IGNORE_LABEL, Meaning
 from unet_jax.data.classes import COLOUR, Table, example, in_colours, some
 from unet_jax.data.pairs import Problems
-from unet_jax.data.pictures import check_sums, one_of_one
+from unet_jax.data.pictures import check_black_is_zero, check_sums, one_of_one
 from unet_jax.errors import InputError
 
 FORMATS = ["PNG", "GIF", "TIFF", "BMP"]  # a JPEG's values are not those that were saved
@@ -74,6 +74,8 @@ def _open(path: Path) -> Image.Image:
             one_of_one(image)
             image.load()
             check_sums(image, path)
+            if image.mode in INDICES[1:]:  # of a bilevel one the colours are meant
+                check_black_is_zero(image)
             if "jpeg" in str(image.info.get("compression")):
                 raise InputError("is a TIFF compressed as JPEG, whose values are not those that were saved")
             if image.mode == "F":

@@ -20,6 +20,7 @@ WHITE = 65535  # the 16-bit value that becomes 255, by default
 DEPTHS = (8, 10, 12, 14)  # bits that cameras and microscopes use of the 16 that they store
 COLOUR_MODES = ("RGB", "RGBA", "LA", "CMYK")  # which Pillow cuts to 8 bits
 SUBFILE_TYPE, REDUCED_OR_MASK = 254, 0b101  # of TIFF: they mark pages that belong to the first
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # of TIFF
 
 
 class Pixels(NamedTuple):
@@ -93,11 +94,15 @@ def decode(path: Path) -> Pixels:
             cut = image.format in ("PNG", "TIFF") and image.mode in COLOUR_MODES and ";16" in str(image.tile)
             image.load()
             check_sums(image, path)
-            values = _array(ImageOps.exif_transpose(image))
+            if image.mode.startswith("I"):  # Pillow inverts those of 8 bits alone
+                check_black_is_zero(image)
+            values = upright(image)
             brightest = _brightest(image) * 257 if cut else int(values.max()) if values.ndim == 2 else 0
             return Pixels(values, cut, brightest)
     except UnidentifiedImageError:
         reason = "is no picture of a known format" if path.stat().st_size else "is empty"
+    except Image.DecompressionBombError:  # Pillow's own, for twice the limit
+        reason = f"has over {MAX_PIXELS / 1e6:.0f} million pixels, which is the limit (--max-megapixels of predict)"
     except Exception as error:  # damaged files fail in as many ways as there are formats
         text = str(getattr(error, "strerror", None) or error)
         reason = text.split("\n")[0].replace(str(path), "it")[:150] or type(error).__name__
@@ -109,6 +114,12 @@ def check_sums(image: Image.Image, path: Path) -> None:
     if image.format == "PNG":
         with Image.open(path, formats=["PNG"]) as again:
             again.verify()
+
+
+def check_black_is_zero(image: Image.Image) -> None:
+    """Raises InputError for a TIFF whose values say how dark a pixel is."""
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # type: ignore[attr-defined]
+        raise InputError("is a TIFF in which 0 is white: save it with black as 0")
 
 
 def one_of_one(image: Image.Image) -> None:
@@ -140,7 +151,13 @@ def _brightest(image: Image.Image) -> int:
     return int(rgba[..., :3].max(axis=-1, initial=0, where=rgba[..., 3:] > 0).max())
 
 
-def _array(image: Image.Image) -> np.ndarray:
+def upright(image: Image.Image) -> np.ndarray:
+    """The values of a Pillow picture as in `Pixels`, turned as its EXIF orientation says.
+
+    Raises:
+      InputError: its values do not fit 16 bits, or are floating-point.
+    """
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # grey of 16 bits, or of 32
         values = np.asarray(image)
         if values.min() < 0 or values.max() > WHITE:
