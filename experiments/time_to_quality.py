@@ -45,13 +45,20 @@ def curves(folders: Sequence[Path]) -> list[Curve]:
         parts, scores = zip(*map(held_out, run.records), strict=True)
         if "mean_iou" not in scores[-1]:
             raise InputError(f"{folder} has no mean IoU: it had neither a test split nor a validation part")
-        found.append(Curve(folder.name, minutes(run), [score["mean_iou"] or 0 for score in scores], parts[-1]))
+        found.append(
+            Curve(
+                "/".join(folder.resolve().parts[-2:]),
+                minutes(run),
+                [score["mean_iou"] or 0 for score in scores],
+                parts[-1],
+            )
+        )
     return found
 
 
 def table(found: Sequence[Curve], levels: Sequence[float]) -> str:
     """Markdown: for each run the minutes until its mean IoU first reached each level, the best one, and all minutes."""
-    head = ["run", "part", *(f"minutes to {level:.2f}" for level in levels), "best mean IoU", "minutes in all"]
+    head = ["run", "part", *(f"minutes to {level:g}" for level in levels), "best mean IoU", "minutes in all"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for curve in found:
         reached = [[m for m, iou in zip(curve.minutes, curve.mean_iou, strict=True) if iou >= at] for at in levels]

@@ -84,6 +84,21 @@ def test_a_bad_picture_ends_it_by_name_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("image", "labels"),
+    [
+        (np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8)),
+        (np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.int64)),
+        (np.zeros((8, 9, 3), np.uint8), np.zeros((8, 8), np.uint8)),
+        (np.zeros((8, 8), np.uint8), np.zeros((8, 8), np.uint8)),
+    ],
+)
+def test_what_a_source_gives_is_checked(tmp_path, image, labels):
+    source = Source("own", "train", ("a", "b"), {}, 1, lambda i: Example("p0", image, labels))
+    with pytest.raises(InputError, match=r"^p0: the picture is .* must be uint8 \[H, W, 3\] and uint8 \[H, W\]$"):
+        cache.load_split(source, 8, None, tmp_path)
+
+
 def test_no_room_is_said_before_anything_is_decoded(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

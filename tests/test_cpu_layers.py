@@ -112,14 +112,22 @@ def test_layers_of_ones_own_go_with_the_fast_ones():
         def __call__(self, x, train):
             return nn.GroupNorm(num_groups=8, dtype=x.dtype)(x)
 
+    class Zeros(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return jnp.where(x == 0, 1.0, jnp.asarray(x))
+
     changes = [
         {"BatchNorm": GroupNorm},
         {"max_pool": lambda x: nn.avg_pool(jnp.asarray(x), (2, 2), (2, 2))},
         {"Conv": layers.Conv, "BatchNorm": layers.BatchNorm, "max_pool": layers.max_pool},
         {"max_pool": lambda x: x[:, ::2, ::2]},
+        {"max_pool": lambda x: (2 - (abs(x) ** 2 / (1 + x * x) @ np.eye(16, dtype=np.float32)))[:, ::2, ::2]},
+        {"max_pool": lambda x: jnp.where((x == 0) | (x != x), 1.0, jnp.where(x >= 0.5, -x, x - 1))[:, ::2, ::2]},
     ]
     images = jnp.asarray(normal(2, 16, 16, 3))
-    for change in changes:
+    zeros = {"BatchNorm": Zeros}
+    for change in (*changes, zeros):
         logits = []
         for module in (layers, cpu_layers):
             model = UNet(widths=(16, 32), layers=SimpleNamespace(**vars(module) | change))

@@ -106,7 +106,9 @@ def test_a_run_that_goes_on_keeps_where_and_how_it_began(run, monkeypatch):
         monkeypatch.setattr(environment, "current", lambda: {"device": "a", "git_commit": commit})
 
     def written(folder: Path) -> dict:
-        return json.loads((folder / "environment.json").read_text())
+        values = json.loads((folder / "environment.json").read_text())
+        assert {part: len(sums) for part, sums in values.pop("pictures").items()} == {"train": 2, "test": 2}
+        return values
 
     now("1")
     folder = run(small(1))
@@ -114,12 +116,13 @@ def test_a_run_that_goes_on_keeps_where_and_how_it_began(run, monkeypatch):
     now("2")
     second = {"after_epoch": 1, "git_commit": "2"}
     assert written(run(small(2))) == {"device": "a", "git_commit": "1", "resumed": [second]}
-    environment.write(folder, small(3), 2)
+    pictures = json.loads((folder / "environment.json").read_text())["pictures"]
+    environment.write(folder, small(3), 2, pictures)
     assert written(folder)["resumed"] == [second]
     now("1")
-    environment.write(folder, small(4), 3)
+    environment.write(folder, small(4), 3, pictures)
     assert written(folder)["resumed"] == [second, {"after_epoch": 3, "git_commit": "1"}]
-    environment.write(folder, small(4))  # anew
+    environment.write(folder, small(4), pictures=pictures)  # anew
     assert written(folder) == {"device": "a", "git_commit": "1"}
 
 
@@ -151,15 +154,20 @@ def test_own_network_optimizer_and_loss_train_as_the_page_says(tmp_path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", own_cache(tmp_path))
     monkeypatch.setattr(unet_jax.config, "default_config", lambda variant, dataset: config)
     page = (Path(__file__).parent.parent / "docs" / "python.md").read_text()
-    training, changed = (
-        re.search(rf"## {title}\n.*?```python\n(.*?)```", page, re.DOTALL)[1]
+    blocks = (
+        re.findall(r"```python\n(.*?)```", page.split(f"## {title}\n")[1], re.DOTALL)[:2]
         for title in ("Training", "Change one piece")
     )
+    (training, arrays), (changed, keeping) = blocks
     names: dict = {}
     exec(training, names)
     assert len(capsys.readouterr().out.splitlines()) == 3
+    exec(arrays, names)
+    assert next(names["own"].epoch(0, 1)).images.shape == (4, 64, 64, 3)
     exec(changed, names)
     assert len(capsys.readouterr().out.splitlines()) == 3
+    exec(keeping, names)
+    np.testing.assert_array_equal(names["masks"], names["steps"].predict(names["result"].state, names["images"]))
     assert names["state"].batch_stats == {}
     assert "GroupNorm_0" in names["state"].params["encoder1"]["norm1"]
     assert "trace" in str(names["result"].state.opt_state[0])  # of SGD's momentum
@@ -306,6 +314,8 @@ def test_auto_precision_is_settled_when_a_run_begins_and_kept_when_it_goes_on(tm
     for stored in ("float32", "bfloat16", "auto"):  # auto: of an older version, float32 on a CPU as it was
         has(stored)
         assert [settled("auto", fastest) for fastest in ("float32", "bfloat16")] == [stored, stored]
+        # It keeps its precision where that is slow, and says so.
+        assert ("bfloat16 is slower than float32 here" in capsys.readouterr().err) == (stored == "bfloat16")
     assert settled("auto", "bfloat16", overwrite=True) == "bfloat16"
     assert not capsys.readouterr().err
     assert settled("bfloat16", "float32") == "bfloat16"

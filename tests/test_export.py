@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from test_predict import SIZE, make_run, picture
 
 from unet_jax import device
 from unet_jax.commands.export import command
+from unet_jax.config import default_config
 from unet_jax.errors import InputError
 from unet_jax.predict import load
 
@@ -49,6 +51,12 @@ def test_answers_of_strided_networks_are_the_checkpoints(tmp_path, upsampling):
     run = make_run(tmp_path / "run", "strided_conv", upsampling)
     assert export.export_run(run, tmp_path / "out")["input"]["shape"] == ["n", "4*h", "4*w", 3]
     check(run, tmp_path / "out", [(3, 16, 48)])
+
+
+def test_the_description_says_how_16_bit_greys_are_scaled():
+    config = default_config("mp_tr_ce", "synthetic")
+    for white, text in ((4095, ", 16-bit greys as min(value, 4095) * 255 // 4095"), (65535, ""), (None, "")):
+        assert export.greys(replace(config, data=replace(config.data, white=white))) == text
 
 
 def test_the_description(folders):

@@ -217,6 +217,19 @@ def test_batch_norm_starts_as_the_identity_and_init_moves_nothing():
     chex.assert_trees_all_equal(variables, expected)
 
 
+@pytest.mark.parametrize("layer", [Conv(32, dtype=jnp.bfloat16), TransposedConv(32, dtype=jnp.bfloat16)])
+def test_bias_gradients_in_bfloat16_are_summed_in_float32(layer):
+    # Summed in bfloat16, all but a fraction of so many pixels would be lost: sums no longer grow by numbers so small.
+    x = np.random.default_rng(0).uniform(size=(8, 64, 64, 32)).astype(np.float32)
+    params = layer.init(jax.random.key(0), x)
+
+    def gradient(layer):
+        return jax.jit(jax.grad(lambda p: (layer.apply(p, x).astype(jnp.float32)).mean()))(params)["params"]["bias"]
+
+    np.testing.assert_allclose(gradient(layer), 1 / 32, rtol=0.01)
+    np.testing.assert_allclose(gradient(layer.clone(dtype=jnp.float32)), 1 / 32, rtol=1e-4)
+
+
 def test_bfloat16_in_and_out_with_float32_parameters_and_statistics():
     x = (3 + normal(4, 4, 6, 3)).astype(jnp.bfloat16)
     ours, linen = batch_norms(True)

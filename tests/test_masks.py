@@ -298,6 +298,15 @@ def test_colours_of_16_bits_that_use_a_part_of_the_range_are_refused(tmp_path):
     np.testing.assert_array_equal(load(tmp_path)[1]["b"].image[..., 0], SQUARE * 255)
 
 
+def test_transparent_parts_are_told(tmp_path, capsys):
+    for stem, alpha in (("a", 255), ("b", 90)):
+        save(tmp_path, stem, SQUARE)
+        picture = Image.new("RGBA", SQUARE.shape[::-1], (10, 20, 30, alpha))
+        picture.save(tmp_path / "images" / f"{stem}.png")
+    assert load(tmp_path)[1]["a"].image[0, 0].tolist() == [10, 20, 30]
+    assert "1 of its pictures (b) have transparent parts, which are laid on white" in capsys.readouterr().out
+
+
 def test_transparent_parts_do_not_count_as_bright(tmp_path):
     partial = np.full((*SQUARE.shape, 4), 4095, np.uint16)
     partial[..., 3] = 65535

@@ -67,7 +67,27 @@ def test_palette_begins_with_the_named_colours_and_stays_distinct():
 def test_the_datas_own_colours_are_used():
     own = ("#010203", "#ff0000")
     np.testing.assert_array_equal(palette(2, own), [[1, 2, 3], [255, 0, 0]])
-    np.testing.assert_array_equal(colour_labels(np.array([1, 255]), 2, own), [[255, 0, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(colour_labels(np.array([1, 255]), 2, own), [[255, 0, 0], [128, 128, 128]])
+
+
+def test_many_runs_have_a_legend_below_their_curves_and_colours_of_their_own():
+    runs = {variant: {f"runs/{i}": records(2) for i in range(20)} for variant in ("mp_tr_ce", "mp_tr_dice")}
+    figure = comparison_figure(runs, {}, "many")
+    figure.savefig(io.BytesIO())
+    for axes in figure.axes:
+        box = axes.get_legend().get_window_extent()
+        assert not overlaps(box, axes.get_window_extent())
+        assert box.y0 >= -5  # its empty border
+        assert len({line.get_color() for line in axes.lines}) == 20
+
+
+def test_ignored_pixels_differ_from_a_black_class_and_are_in_the_legend():
+    labels = np.array([[[0, 1], [255, 0]]], np.uint8)
+    coloured = colour_labels(labels, 2, ("#000000", "#ff0000"))
+    np.testing.assert_array_equal(coloured[0], [[[0, 0, 0], [255, 0, 0]], [[128, 128, 128], [0, 0, 0]]])
+    for truth, shown in ((labels, ["x", "y", "ignored"]), (labels % 2, ["x", "y"])):
+        figure = results_figure(np.zeros((1, 2, 2, 3), np.uint8), truth, labels % 2, ("x", "y"), "t")
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == shown
 
 
 @pytest.mark.parametrize("classes", [3, 12])
@@ -166,8 +186,9 @@ def test_results_figure():
         for axes, picture in zip(figure.axes[3 * i : 3 * i + 3], expected, strict=True):
             np.testing.assert_array_equal(axes.images[0].get_array(), picture)
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == list(NAMES)
-    assert [matplotlib.colors.to_hex(patch.get_facecolor()) for patch in legend.get_patches()] == list(COLOURS[:3])
+    assert [text.get_text() for text in legend.get_texts()] == [*NAMES, "ignored"]
+    drawn = [matplotlib.colors.to_hex(patch.get_facecolor()) for patch in legend.get_patches()]
+    assert drawn == [*COLOURS[:3], "#000000"]
     width, height = png_size(figure)
     assert (width, height) == (310, 181)  # its rows have the pictures' shape
 
@@ -182,12 +203,13 @@ def test_comparison_figure():
     published = {"mp_tr_ce": {1: 1.3338, 2: 0.828, 25: 0.5283}}
     runs = {"mp_tr_ce": {"a": records(2)}, "my_run": {"a": records(3), "b": records(1)}}
     figure = comparison_figure(runs, published, "ours and theirs")
-    assert figure.get_suptitle() == "ours and theirs"
+    assert figure.get_suptitle() == "ours and theirs; dashed: training loss"
     assert [axes.get_title() for axes in figure.axes] == ["mp_tr_ce", "my_run"]
     first, second = map(lines, figure.axes)
     assert first["test, published"] == ([1, 2, 25], [1.3338, 0.828, 0.5283])
     assert first["test"] == ([1, 2], [1.5, 0.75])
     assert "test, published" not in second
-    assert second["train, a"][0] == [1, 2, 3]
+    assert second["_train"][0] == [1]  # of the last of its runs
+    assert second["test, a"][0] == [1, 2, 3]
     assert second["test, b"] == ([1], [1.5])
-    assert png_size(figure) == (340, 180)
+    assert png_size(figure) == (340, 194)

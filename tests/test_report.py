@@ -1,6 +1,7 @@
 """The report of runs by any framework, the ablation's settings and table, and the time to a quality."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,8 @@ def test_seeds_make_one_row_and_frameworks_two(tmp_path):
     ours, theirs, other = (dict(zip(*(line.strip("| ").split(" | ") for line in (head, r)), strict=True)) for r in rows)
     assert ours == {
         "variant": "mp_tr_ce", "data": "oxford_iiit_pet", "size": "240", "pictures": "all", "epochs": "3",
-        "other settings": "-", "framework": "jax", "seeds": "0 2", "published best loss": "0.5283",
+        "other settings": "-", "framework": "jax", "seeds": "0 2", "runs": "ours0, ours2",
+        "published best loss": "0.5283",
         "test loss": "0.6000 (0.5000 to 0.7000)", "best test loss": "0.5000 (0.4000 to 0.6000)",
         "mean IoU": "0.6000 (0.5000 to 0.7000)", "IoU by class": "pet 0.250, background 0.500",
         "pixel accuracy": "0.7500 (0.7500 to 0.7500)", "s / epoch": "20.0 (20.0 to 20.0)",
@@ -223,6 +225,17 @@ def test_runs_on_other_pictures_are_rows_of_their_own(tmp_path):
     ]
 
 
+def test_pictures_that_the_first_weights_have_seen_are_told_beside_the_scores(tmp_path):
+    first = make_run(tmp_path / "first", 0, [0.5])
+    (first / "split.json").write_text(json.dumps({"train": ["a", "b"], "test": ["c"]}))
+    second = make_run(tmp_path / "second", 0, [0.5], init_from=str(first))
+    (second / "split.json").write_text(json.dumps({"train": ["c"], "test": ["a", "b", "d"]}))
+    rows = report.table(map(report.read_run, (first, second))).splitlines()[2:]
+    assert [cell_of(row, "runs") for row in rows] == ["first", "second"]
+    assert ["has seen" in row for row in rows] == [False, True]
+    assert cell_of(rows[1], "other settings").endswith("; init_from has seen 2 of its test pictures")
+
+
 def test_what_is_no_finished_run_is_left_out_and_runs_within_a_folder_are_found(tmp_path, capsys):
     make_run(tmp_path / "runs" / "all" / "one", 0, [0.5])
     make_run(tmp_path / "runs" / "all" / "two", 1, [0.5])
@@ -243,7 +256,7 @@ def test_what_is_no_finished_run_is_left_out_and_runs_within_a_folder_are_found(
 
 def test_ablation_settings_are_flags_of_run_py():
     def config(setting):
-        return parse([*ablation.flags(setting), "--dataset", "synthetic"])[0].config
+        return parse([*ablation.BASE.split(), *ablation.flags(setting), "--dataset", "synthetic"])[0].config
 
     configs = {piece: config(piece) for piece in ("base", *ablation.PIECES)}
     assert all(config.data.validation_fraction == 0.1 for config in configs.values())
@@ -252,6 +265,27 @@ def test_ablation_settings_are_flags_of_run_py():
     assert both == replace(configs["strong"].train, schedule="cosine", warmup_epochs=1)
     with pytest.raises(InputError, match="has the piece 'cosin': choose from base, basic, "):
         ablation.flags("basic+cosin")
+    with pytest.raises(InputError, match="ce\\+dice has two pieces that set --loss: only one of them would count"):
+        ablation.flags("basic+ce+dice")
+
+
+def test_ablation_refuses_runs_of_other_lengths_and_lets_pieces_count(tmp_path, monkeypatch):
+    started = []
+
+    def run(command):
+        started.append(parse(command[2:])[0].config)
+        folder = Path(command[command.index("--workdir") + 1])
+        make_run(folder, 0, [0.5], epochs=len(started))
+        file = folder / "metrics.jsonl"
+        file.write_text(file.read_text().replace('"mean_iou"', '"validation_mean_iou"'))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    settings = ["ablation.py", "base", "dice", "--dataset", "synthetic", "--loss", "cross_entropy"]
+    monkeypatch.setattr(sys, "argv", [*settings, "--out", str(tmp_path / "out")])
+    with pytest.raises(InputError, match="dice-0 has 1 epochs for 2"):
+        ablation.main()
+    assert [config.train.loss for config in started] == ["cross_entropy", "soft_dice"]
 
 
 def test_ablation_table_pairs_seeds():
@@ -271,8 +305,8 @@ def test_time_to_quality_counts_the_run_that_another_began_from(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
     time_to_quality.main()
     assert (tmp_path / "out" / "time_to_quality.md").read_text().splitlines()[2:] == [
-        "| second | test | 0.7 | 0.7 | - | 0.7000 | 1.0 |",
-        "| first | test | 0.2 | - | - | 0.6000 | 0.5 |",
+        f"| {tmp_path.name}/second | test | 0.7 | 0.7 | - | 0.7000 | 1.0 |",
+        f"| {tmp_path.name}/first | test | 0.2 | - | - | 0.6000 | 0.5 |",
     ]
     assert (tmp_path / "out" / "time_to_quality.png").read_bytes()[:4] == b"\x89PNG"
     record = {"epoch": 1, "train_loss": 0.5, "seconds": 10.0, "images_per_second": 1.0}

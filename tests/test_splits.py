@@ -17,9 +17,13 @@ from unet_jax import device, runs, splits
 from unet_jax.commands import evaluate as evaluate_command
 from unet_jax.commands import train as train_command
 from unet_jax.commands.export import command as export
+from unet_jax.commands.predict import Options as predict_options
+from unet_jax.commands.predict import main as predict
+from unet_jax.commands.predict import mask_of
 from unet_jax.data.batches import validation_rows
 from unet_jax.data.folder import fill_in, sources
 from unet_jax.errors import InputError
+from unet_jax.plots import palette
 from unet_jax.start import tell_overlap
 
 
@@ -377,6 +381,61 @@ def test_a_run_keeps_to_what_its_classes_json_listed(squares, capsys):
     Path("runs/a/config.json").write_text(json.dumps(values))
     train(*flags, "--epochs", 2)
     assert len(records(Path("runs/a"))) == 2
+
+
+def test_predicted_masks_have_the_values_of_the_runs_classes_json(squares):
+    values = '{"names": ["object", "ground"], "colours": [7, 3], "ignore": [0]}'
+    flags = ("--data-dir", squares("own", lambda truth: 3 + 4 * truth, values), "--workdir", "runs/a")
+    train(*flags, "--epochs", 1)
+    predict(predict_options(Path("runs/a"), ("own/images",), Path("again/masks")))
+    with Image.open("again/masks/own0_mask.png") as mask:
+        assert {*np.unique(mask)} <= {3, 7}
+        assert mask.convert("RGB").getpixel((0, 0)) in {tuple(colour) for colour in palette(2)}
+    shutil.copytree("own/images", "again/images")
+    for overlay in Path("again/masks").glob("*_overlay.png"):
+        overlay.unlink()
+    assert evaluate("runs/a", data_dir="again", full_size=True, split="all")["mean_iou"] == 1
+
+
+@pytest.mark.parametrize(
+    ("listed", "stored"),
+    [((), [0, 1]), (("1000", "5", "0"), [1000, 5]), (("#ff0000", "#00ff00"), [0, 1]), (None, [0, 1])],
+)
+def test_values_of_masks_that_are_written(listed, stored):
+    data = dataclasses.replace(config(Path()), class_names=("x", "y"), mask_values=listed)
+    mask = mask_of(np.array([[0, 1]], np.uint8), data)
+    assert np.asarray(mask).tolist() == [stored]
+    assert mask.mode == ("I;16" if 1000 in stored else "P")
+
+
+def test_edited_masks_are_told_when_a_run_goes_on(here, capsys):
+    flags = ("--data-dir", "data", "--workdir", "runs/a")
+    train(*flags, "--epochs", 1)
+    train(*flags, "--epochs", 2)
+    assert "with other pictures or masks" not in capsys.readouterr().err
+    save(here / "data", "p0", 1 - labels(2), np.zeros((20, 24, 3), np.uint8))
+    train(*flags, "--epochs", 3)
+    assert "runs/a goes on with other pictures or masks than it began with" in capsys.readouterr().err
+    assert "pictures" in json.loads(Path("runs/a/environment.json").read_text())["resumed"][-1]
+
+
+def test_names_are_known_whether_or_not_a_split_folder_holds_them():
+    asked = ["a", "train/b", "test/c", "test/d//0,64", "e", "part/a"]
+    assert splits.among(asked, {"a", "b", "train/c", "d", "test/e"}) == ["a", "train/b", "test/d//0,64", "e"]
+
+
+def test_the_results_of_other_pictures_stand_beside_those_of_its_own(here):
+    train("--data-dir", "data", "--workdir", "runs/a", "--epochs", 1)
+    shutil.copytree("data", "site b")
+    write_lists(here / "site b", test=" ".join(f"p{i}" for i in range(8)))
+    for data_dir, split in ((None, "test"), ("site b", "all")):
+        options = evaluate_command.Options(Path("runs/a"), data_dir=data_dir, split=split, cache_dir="cache")
+        evaluate_command.evaluate_run(options)
+    own, other = (
+        json.loads(Path("runs/a", name, "evaluation.json").read_text())
+        for name in ("evaluation-test", "evaluation-site b-all")
+    )
+    assert (own["data_dir"], own["pictures"], other["data_dir"], other["pictures"]) == ("data", 3, "site b", 8)
 
 
 def test_a_run_keeps_to_the_colours_of_its_palette(squares):

@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,6 +309,51 @@ def test_batch_statistics_of_averaged_weights_are_of_the_networks_own_momentum(p
         return train.statistics_step(state, batch, 0, model=own).averaged["batch_stats"]
 
     chex.assert_trees_all_close(statistics(0.5), statistics(0.9), rtol=1e-5)
+
+
+def test_averaged_weights_of_networks_with_other_norms(placement):
+    config, (loader, _) = with_train(ema=0.5), loaders(placement)
+    batch = next(loader.epoch(0, 1))
+
+    class Group(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.GroupNorm(num_groups=2)(jnp.asarray(x))
+
+    class Flax(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.BatchNorm(use_running_average=not train, momentum=0.99)(jnp.asarray(x))
+
+    for norm, kept in ((Group, 0), (Flax, 2)):
+        own = SimpleNamespace(**vars(layers) | {"BatchNorm": norm})
+        model = train.make_model(config.model, 3, placement).clone(layers=own)
+        optimizer = train.make_optimizer(config.train, 3)
+        state = train.init_state(model, optimizer, 0, ema=0.5)
+        state = state._replace(averaged={"params": state.params, "batch_stats": state.batch_stats})
+        statistics = train.statistics_step(state, batch, 0, model=model).averaged["batch_stats"]
+        assert len(jax.tree.leaves(statistics.get("encoder1", {}).get("norm1", {}))) == kept
+    x = train.prepare(batch.images, jnp.float32)
+    kernel, bias = (state.params["encoder1"]["conv1"][name] for name in ("kernel", "bias"))
+    a = np.maximum(np.asarray(layers.convolution(x, kernel)) + np.asarray(bias), 0)
+    mean = statistics["encoder1"]["norm1"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, a.mean((0, 1, 2)), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": np.zeros((4, 8, 8, 3), np.float32)},
+        {"labels": np.zeros((4, 8, 8), np.int64)},
+        {"names": ["a", "b"]},
+        {"labels": np.zeros((3, 8, 8), np.uint8)},
+    ],
+)
+def test_arrays_of_ones_own_that_are_no_pictures_are_refused(placement, change):
+    split = Split(np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 8, 8), np.uint8), list("abcd"))
+    assert len(Loader(split, 2, placement)) == 2
+    with pytest.raises(InputError, match=r"they must be uint8 \[N, H, W, C\], uint8 \[N, H, W\] and N names"):
+        Loader(split._replace(**change), 2, placement)
 
 
 def test_ema_needs_a_state_with_an_average(placement, steps):

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,27 @@ def _git_commit(package: Path) -> str | None:
         return None
 
 
-def write(folder: Path, config: RunConfig, epochs: int | None = None) -> None:
+def write(
+    folder: Path, config: RunConfig, epochs: int | None = None, pictures: Mapping[str, Sequence[int]] | None = None
+) -> None:
     """Writes the environment.json of a run that begins, or that goes on after this many `epochs`.
 
     One that goes on keeps what was written before, and adds what differs from it now to the list "resumed". Only the
-    way to the data is that of now, as in config.json.
+    way to the data is that of now, as in config.json. `pictures` has the checksums of each split; a line says so if
+    they have changed.
     """
-    now = current()
+    now = current() | ({"pictures": {part: list(sums) for part, sums in pictures.items()}} if pictures else {})
     before = _read(folder) if epochs is not None else {}
     before.pop("data_dir", None)
     resumed = before.pop("resumed", [])
     latest = {name: value for part in (before, *resumed) for name, value in part.items()}
     changed = {name: value for name, value in now.items() if name not in latest or latest[name] != value}
+    if latest.get("pictures") and "pictures" in changed:
+        print(
+            f"{folder} goes on with other pictures or masks than it began with: their names are the same, their pixels"
+            " are not",
+            file=sys.stderr,
+        )
     if before and changed:
         resumed = [*resumed, {"after_epoch": epochs, **changed}]
     value = {**(before or now), **_way_to_data(folder, config), **({"resumed": resumed} if resumed else {})}

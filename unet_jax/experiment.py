@@ -131,7 +131,8 @@ def train_run(
         if start.progress.steps(steps_per_epoch) != int(start.state.step):
             raise InputError(f"{folder} was trained on other pictures: choose another --workdir, or --overwrite")
         runs.write_json(folder / "config.json", to_dict(config))
-        environment.write(folder, config, len(start.progress.records) if goes_on else None)
+        sums = {name: split.checksums for name, split in loaded.items()}
+        environment.write(folder, config, len(start.progress.records) if goes_on else None, sums)
         per_epoch = f"{steps_per_epoch} step{'s' * (steps_per_epoch > 1)} an epoch"
         print(f"{config.variant} on {config.data.dataset}: {per_epoch}, files in {folder}")
         steps = make_steps(config, placement, steps_per_epoch, deterministic)

@@ -15,6 +15,7 @@ from jax import Array, export, lax
 
 from unet_jax import checkpoint, device, layers, runs, weights
 from unet_jax.config import ExportFormat, RunConfig, sides, to_dict
+from unet_jax.data.pictures import WHITE
 from unet_jax.errors import InputError, quiet
 from unet_jax.predict import probabilities_step
 from unet_jax.train import TrainState, inference_state, make_model
@@ -128,6 +129,12 @@ def best_at(config: RunConfig) -> str:
     return "best at the training size, by antialiased bilinear resizing"
 
 
+def greys(config: RunConfig) -> str:
+    """How 16-bit greys become values from 0 to 255, if the run had some that use a part of the range."""
+    white = config.data.white
+    return f", 16-bit greys as min(value, {white}) * 255 // {white}" if white not in (None, WHITE) else ""
+
+
 def describe(config: RunConfig, step: int, artifact: Artifact) -> dict[str, Any]:
     """What model.json says: all that a user of the artifact has to know."""
     names, content = list(config.data.class_names), artifact.content
@@ -143,7 +150,7 @@ def describe(config: RunConfig, step: int, artifact: Artifact) -> dict[str, Any]
         "input": {"name": images, "dtype": "uint8", "shape": shape},
         "output": output,
         "class_names": names,
-        "preprocessing": f"values 0 to 255 as they are; {best_at(config)}",
+        "preprocessing": f"values 0 to 255 as they are{greys(config)}; {best_at(config)}",
         "training_size": config.data.image_size,
         "config": to_dict(config),
         "step": step,

@@ -29,6 +29,11 @@ def convolution(x: Array, kernel: Array, strides: int = 1) -> Array:
     return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+def add_bias(x: Array, bias: Array) -> Array:
+    """x [..., C] + bias [C], in x's dtype. The bias' gradient is a sum over all pixels: in float32 or wider."""
+    return x + jnp.broadcast_to(bias.astype(wide_dtype(x)), x.shape).astype(x.dtype)
+
+
 class Conv(nn.Module):
     """Convolution with bias: x [N, H, W, I] to [N, H, W, features]; a stride of 2 halves H and W."""
 
@@ -46,8 +51,7 @@ class Conv(nn.Module):
         return self.convolve(x, kernel, bias)
 
     def convolve(self, x: Array, kernel: Array, bias: Array) -> Array:
-        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-        return convolution(x, kernel, self.strides) + bias[None, None, None]
+        return add_bias(convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.strides), bias)
 
 
 class TransposedConv(nn.Module):
@@ -67,14 +71,14 @@ class TransposedConv(nn.Module):
         return self.convolve(x, kernel, bias)
 
     def convolve(self, x: Array, kernel: Array, bias: Array) -> Array:
-        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         # Along an axis, output 2i sees w[1] x[i], and output 2i+1 sees w[2] x[i] + w[0] x[i+1]. One 2x2 convolution
         # gives a pixel's four outputs at once. The textbook form dilates x, and its kernel gradient is slow everywhere.
         n, h, w, in_features = x.shape
         taps = np.array([[1, 3], [2, 0]])  # [output 2i or 2i+1, x[i] or x[i+1]]: tap; 3 is a tap of zeros
         kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))[taps][:, :, taps]
         kernel = kernel.transpose(1, 3, 5, 0, 2, 4).reshape(2, 2, in_features, 4 * self.features)
-        y = convolution(x, kernel) + jnp.tile(bias, 4)[None, None, None]
+        y = add_bias(convolution(x, kernel), jnp.tile(bias, 4))
         # The 2x2 convolution pads by 1 on all sides: its first row and column see x[-1], and are left out.
         y = y[:, 1:, 1:].reshape(n, h, w, 2, 2, self.features)
         return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, self.features)

@@ -46,9 +46,10 @@ def _oklab(rgb: np.ndarray) -> np.ndarray:
 
 
 def colour_labels(labels: np.ndarray, classes: int, colours: Sequence[str] = ()) -> np.ndarray:
-    """uint8 [..., 3] colours of labels [...]; labels that are no class (ignored ones) are black."""
-    table = np.concatenate([palette(classes, colours), np.zeros((1, 3), np.uint8)])
-    return table[np.minimum(labels, classes)]
+    """uint8 [..., 3] colours of labels [...]; ignored ones are black, or grey where a class is black."""
+    table = palette(classes, colours)
+    ignored = np.full((1, 3), 128 if (table.max(1) < 32).any() else 0, np.uint8)
+    return np.concatenate([table, ignored])[np.minimum(labels, classes)]
 
 
 def overlay(
@@ -149,9 +150,10 @@ def results_figure(
             row[0].set_ylabel(_plain(row_titles[i]), fontsize=8)
     for axes, name in zip(grid[0], ("image", "true mask", "predicted mask"), strict=True):
         axes.set_title(name)
+    shown = [*class_names, *["ignored"] * bool((labels >= classes).any())]
     patches = [
         Patch(facecolor=colour / 255, edgecolor="grey", label=_name(name))
-        for colour, name in zip(palette(classes, colours), class_names, strict=True)
+        for colour, name in zip(colour_labels(np.arange(len(shown)), classes, colours), shown, strict=True)
     ]
     _legend_below(figure, patches)
     return figure
@@ -182,25 +184,29 @@ def comparison_figure(
     """
     columns = min(len(runs), 4)
     rows = -(-len(runs) // columns)
-    figure = _figure(3.4 * columns, 3.6 * rows)
-    figure.suptitle(title)
+    most = max(map(len, runs.values()))
+    figure = _figure(3.4 * columns, (3.6 + 0.14 * most * (most > 1)) * rows)
+    figure.suptitle(title + "; dashed: training loss" * (most > 1))
     for place, (name, curves) in enumerate(runs.items(), 1):
         axes: Any = figure.add_subplot(rows, columns, place)
         points = published.get(name, {})
         if points:
             axes.plot(list(points), list(points.values()), "kx", ms=5, label="test, published")
+        alone = len(curves) == 1
         for i, (label, records) in enumerate(curves.items()):
-            of = f", {label}" if len(curves) > 1 else ""
             part, _ = held_out(records[-1])
+            colour = (
+                f"C{i}" if len(curves) <= 10 else f"#{bytes(_distinct(((255,) * 3,), len(curves) + 1)[i + 1]).hex()}"
+            )
             epochs = [r["epoch"] for r in records]
             losses, others = [r["train_loss"] for r in records], [r.get(f"{part}_loss", np.nan) for r in records]
-            axes.plot(epochs, losses, "--", color=f"C{i}", lw=1, label=_plain(f"train{of}"))
-            axes.plot(epochs, others, "o-", color=f"C{i}", ms=3, label=_plain(f"{part}{of}"))
+            axes.plot(epochs, losses, "--", color=colour, lw=1, label="train" if alone else "_train")
+            axes.plot(epochs, others, "o-", color=colour, ms=3, label=part if alone else _plain(f"{part}, {label}"))
         axes.set(title=_plain(name), xlabel="epoch", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(curves) > 1:
-            axes.legend(frameon=False, fontsize=5)
+        if not alone:
+            axes.legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     if all(len(curves) == 1 for curves in runs.values()):  # their lines have the same names: one legend, off the curves
         lines = [line for axes in figure.axes for line in axes.lines]
         _legend_below(figure, list({line.get_label(): line for line in lines}.values()))

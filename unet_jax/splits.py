@@ -2,12 +2,13 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from unet_jax import runs, weights
 from unet_jax.config import RunConfig
+from unet_jax.data.layouts import SPLITS
 from unet_jax.data.tiles import picture_of
 from unet_jax.errors import InputError
 
@@ -62,6 +63,26 @@ def trained_on(names: Mapping[str, Sequence[str]]) -> set[str]:
     return {*names.get("train", []), *names.get("validation", [])}
 
 
+def among(asked: Iterable[str], known: Collection[str]) -> list[str]:
+    """Those of the names asked about, of pictures or tiles, that are known, too.
+
+    A folder of a split (train/x) does not count beside a name without one: the same pictures may have been divided
+    later. But train/x and test/x are two pictures.
+    """
+
+    def bare(name: str) -> str:
+        folder, _, rest = name.partition("/")
+        return rest if rest and folder in SPLITS else name
+
+    undivided = {bare(name) for name in known}
+    pictures = ((name, picture_of(name)) for name in asked)
+    return [
+        name
+        for name, picture in pictures
+        if picture in known or (picture in undivided if bare(picture) == picture else bare(picture) in known)
+    ]
+
+
 def lineage(run: Path) -> Iterator[tuple[Path, RunConfig]]:
     """A run, the one whose weights it started from (--init-from), and so on, as far as these are there to be read."""
     folders: list[Path] = []
@@ -90,3 +111,9 @@ def seen(run: Path, seed: int) -> Seen:
         for part in ("train", "validation")
     )
     return Seen(train, validation)
+
+
+def seen_before(config: RunConfig, names: Sequence[str]) -> list[str]:
+    """Those of these pictures or tiles that the run of --init-from and its `lineage` have seen."""
+    first = config.train.init_from
+    return among(names, frozenset[str]().union(*seen(Path(first), config.train.seed))) if first else []

@@ -12,7 +12,6 @@ from unet_jax import checkpoint, device, runs, splits, train, weights
 from unet_jax.checkpoint import Progress, Restored
 from unet_jax.config import RunConfig, differences
 from unet_jax.data.classes import some
-from unet_jax.data.tiles import picture_of
 from unet_jax.device import Placement
 from unet_jax.errors import InputError
 from unet_jax.loop import out_of_patience
@@ -58,14 +57,13 @@ def settle_precision(config: RunConfig, folder: Path, placement: Placement, over
     config.json gets the result, so that a run that continues on another machine does not silently change it.
     """
     fastest, precision = device.fastest_precision(placement), config.model.precision
+    if precision == "auto":
+        goes_on = not overwrite and (folder / "config.json").exists()
+        precision = runs.read_config(folder).model.precision if goes_on else fastest
     if precision == "bfloat16" and fastest == "float32":
         print(
             "bfloat16 is slower than float32 here: it needs a GPU, or one CPU with AMX or AVX512-BF16", file=sys.stderr
         )
-    if precision != "auto":
-        return config
-    goes_on = not overwrite and (folder / "config.json").exists()
-    precision = runs.read_config(folder).model.precision if goes_on else fastest
     return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
 
 
@@ -90,7 +88,7 @@ def tell_overlap(config: RunConfig, names: Mapping[str, Sequence[str]]) -> None:
     seen = splits.seen(Path(run), config.train.seed)
     told = []
     for part, known in (("test", seen.train | seen.validation), ("validation", seen.train)):
-        if both := [name for name in names[part] if picture_of(name) in known]:
+        if both := splits.among(names[part], known):
             told.append(f"{len(both)} of {len(names[part])} {part} pictures ({some(both)})")
     if told:
         print(

@@ -148,15 +148,17 @@ def statistics_step(state: TrainState, batch: Batch, count: ArrayLike, *, model:
     """
     averaged: Any = state.averaged
     before, params = averaged["batch_stats"], averaged["params"]
-    zeros = jax.tree.map(jnp.zeros_like, before)
-    _, updated = model.clone(dropout_rate=0.0).apply(
-        {"params": params, "batch_stats": zeros},
-        prepare(batch.images, model.dtype),
-        train=True,
-        mutable=["batch_stats"],
-    )
-    own = 1 / (1 - model.layers.BatchNorm().momentum) if before else 1  # undoes the momentum: statistics started at 0
-    mean = jax.tree.map(lambda old, new: old + (own * new - old) / (count + 1), before, updated.get("batch_stats", {}))
+    images, deterministic = prepare(batch.images, model.dtype), model.clone(dropout_rate=0.0)
+
+    def updated(statistics: Any) -> Any:
+        variables = {"params": params, "batch_stats": statistics}
+        _, changed = deterministic.apply(variables, images, train=True, mutable=["batch_stats"])
+        return changed.get("batch_stats", {})
+
+    # A batch norm gives momentum * old + (1 - momentum) * own. From old = 0 and the derivative follows own.
+    zeros, ones = (jax.tree.map(like, before) for like in (jnp.zeros_like, jnp.ones_like))
+    new, momentum = jax.jvp(updated, (zeros,), (ones,))
+    mean = jax.tree.map(lambda old, new, m: old + (new / (1 - m) - old) / (count + 1), before, new, momentum)
     return state._replace(averaged={"params": params, "batch_stats": mean})
 
 

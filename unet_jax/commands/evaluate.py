@@ -41,7 +41,8 @@ class Options:
     full_size: bool = False
     """Score the masks that predict writes, at the pictures' own size, instead of the network's at the training size."""
     out: Path | None = None
-    """Folder for the results. Default: RUN/evaluation-SPLIT, with -TTA and -full-size added where they are used."""
+    """Folder for the results. Default: RUN/evaluation-SPLIT, with -TTA and -full-size where they are used; for other
+    pictures than the run's own RUN/evaluation-FOLDER-SPLIT."""
 
 
 def evaluate_run(options: Options) -> None:
@@ -63,11 +64,18 @@ def evaluate_run(options: Options) -> None:
     dataset, name = picked.dataset, picked.name
     steps = make_steps(config, placement, steps_per_epoch=1, views=FLIPS[options.tta])  # it matters only in training
     scores, names, by_picture = score(options, config, picked, steps, restored, placement)
-    kind = "-".join([name, *[options.tta] * (options.tta != "none"), *["full-size"] * options.full_size])
+    kind = "-".join(
+        [
+            *[picked.elsewhere] * bool(picked.elsewhere),
+            name,
+            *[options.tta] * (options.tta != "none"),
+            *["full-size"] * options.full_size,
+        ]
+    )
     out = options.out or options.run / f"evaluation-{kind}"
     out.mkdir(parents=True, exist_ok=True)
     epoch = len(restored.progress.records)
-    about = {"dataset": dataset, "split": name, "pictures": len(names), "epoch": epoch}
+    about = {"dataset": dataset, "data_dir": picked.data_dir, "split": name, "pictures": len(names), "epoch": epoch}
     about |= {"tta": options.tta, "full_size": options.full_size}
     confusion = by_picture.sum(0, np.int64)
     runs.write_json(out / "evaluation.json", {**about, **scores, "confusion": confusion.tolist()})
@@ -117,7 +125,9 @@ def tables(scores: dict[str, Any], confusion: np.ndarray, names: tuple[str, ...]
         lines.append(f"| {cell(name)} | {cells[0]} | {cells[1]} | {confusion[i].sum() / max(confusion.sum(), 1):.1%} |")
     names = tuple(map(cell, names))
     lines += ["", f"| true \\ predicted, % | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {n} | {' | '.join(f'{v:.1f}' for v in row)} |" for n, row in zip(names, shares, strict=True)]
+    for i, name in enumerate(names):
+        cells = [f"{share:.1f}" if confusion[i].any() else "-" for share in shares[i]]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 
 class Picked(NamedTuple):
-    """Pictures to evaluate: the dataset's name, the split's, and which rows of which source they are.
+    """Pictures to evaluate: the dataset's name and folder, the split's name, and which rows of which source they are.
 
+    elsewhere is the name of the folder (or dataset) if it is not the run's own, else "".
     split has the arrays. It is None if they are to be scored at full size and need not be made for their names.
     """
 
     dataset: str
+    data_dir: str | None
+    elsewhere: str
     name: str
     source: Source
     rows: Sequence[int]
@@ -50,6 +53,8 @@ def pick(options: "Options", config: RunConfig) -> Picked:
     data = dataclasses.replace(config.data, dataset=dataset, data_dir=data_dir)
     found, names = sources(data, config.train.seed), splits.read(options.run)
     own = dataset != "folder" or is_own(options, config, found, names)
+    elsewhere = "" if own and dataset == config.data.dataset else Path(data_dir or dataset).resolve().name
+    where = (dataset, data_dir, elsewhere)
     name, divided = split_name(options, data, found, own)
     source = whole(found) if name == "all" else found["test" if name == "test" else "train"]
     if not source.size:
@@ -67,7 +72,7 @@ def pick(options: "Options", config: RunConfig) -> Picked:
             print(f"{options.run} {splits.UNKNOWN}")
         scored = list(dict.fromkeys(map(picture_of, asked))) if options.full_size else asked
         check_unseen(options.run, names, scored, own and name == "test", config.train.seed)
-        return Picked(dataset, name, source, range(len(asked)), split)
+        return Picked(*where, name, source, range(len(asked)), split)
     if divided:
         split = load_split(source, data.image_size, count, cache)
         rows = batches.divide(split, data.validation_fraction, config.train.seed)[name == "validation"]
@@ -78,9 +83,9 @@ def pick(options: "Options", config: RunConfig) -> Picked:
             )
         rows = rows[:first]
         split = Split(split.images[rows], split.labels[rows], of_part[:first])
-        return Picked(dataset, name, source, rows.tolist(), split)
+        return Picked(*where, name, source, rows.tolist(), split)
     split = load_split(source, data.image_size, first or count, cache)
-    return Picked(dataset, name, source, range(len(split.names)), split)
+    return Picked(*where, name, source, range(len(split.names)), split)
 
 
 def is_own(
@@ -124,10 +129,10 @@ def check_unseen(run: Path, names: Mapping[str, Sequence[str]], asked: Sequence[
 
     itself = {picture_of(name) for name in splits.trained_on(names)}
     trained = frozenset[str]().union(*splits.seen(run, seed))
-    if own and (seen := [name for name in asked if picture_of(name) in itself]):
+    if own and (seen := splits.among(asked, itself)):
         raise InputError(
             f"{text(seen, str(run))}: the folder's lists or pictures have changed since; --split all scores them anyway"
         )
-    if seen := [name for name in asked if picture_of(name) in trained]:
-        alone = all(picture_of(name) in itself for name in seen)
+    if seen := splits.among(asked, trained):
+        alone = seen == splits.among(seen, itself)
         print(text(seen, f"{run}" if alone else f"{run}, or a run that it started from,"))

@@ -38,7 +38,8 @@ class Options:
     ]
     """Files, folders (the pictures in them) and globs."""
     out: Path
-    """Folder for NAME_mask.png and NAME_overlay.png of each picture."""
+    """Folder for NAME_mask.png and NAME_overlay.png of each picture. Masks hold class indices from 0, or the values of
+    the run's classes.json."""
     mode: Literal["auto", "resize", "tile", "native"] = "auto"
     """resize: to the training size and back. tile: in overlapping windows at the scale of training, for pictures that
     show more than the training pictures. native: in such windows at the picture's own resolution. auto: tile for a run
@@ -82,23 +83,36 @@ def segment(pictures: Sequence[tuple], options: Options, predictor: "Predictor")
 def write(name: str, image: np.ndarray, answer: np.ndarray, options: Options, data: "DataConfig") -> None:
     """Resizes an answer to the picture's own size, if it is not yet, and writes the files."""
     from unet_jax import runs
-    from unet_jax.plots import overlay, palette
+    from unet_jax.plots import overlay
     from unet_jax.predict import assemble, grow
 
     out, class_names, colours = options.out, data.class_names, data.class_colours
     if options.mode == "resize":
         answer = assemble(grow(answer, *image.shape[:2]), options.probabilities)
     labels = answer.argmax(-1).astype(np.uint8) if options.probabilities else answer
-    mask = Image.fromarray(labels)
-    mask.putpalette(palette(len(class_names), colours).tobytes())
     with runs.replacing(out / f"{name}_mask.png") as file:
-        mask.save(file, "PNG")
+        mask_of(labels, data).save(file, "PNG")
     with runs.replacing(out / f"{name}_overlay.png") as file:
         # Light compression takes a third of the time, and a few percent more room.
         Image.fromarray(overlay(image, labels, class_names, colours)).save(file, "PNG", compress_level=1)
     if options.probabilities:
         with runs.replacing(out / f"{name}_probabilities.npz") as file:
             np.savez(file, probabilities=answer, class_names=np.array(class_names))
+
+
+def mask_of(labels: np.ndarray, data: "DataConfig") -> Image.Image:
+    """The mask of labels uint8 [H, W] as training reads masks; with a palette if its values have 8 bits."""
+    from unet_jax.data.classes import stored
+    from unet_jax.plots import palette
+
+    values = stored(data.mask_values, data.class_names)
+    if max(values) > 255:
+        return Image.fromarray(np.array(values, np.uint16)[labels])
+    colours = np.zeros((max(values) + 1, 3), np.uint8)
+    colours[values] = palette(len(values), data.class_colours)
+    mask = Image.fromarray(np.array(values, np.uint8)[labels])
+    mask.putpalette(colours.tobytes())
+    return mask
 
 
 def segment_all(

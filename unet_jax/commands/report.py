@@ -27,6 +27,8 @@ class Run(NamedTuple):
     names: frozenset[str]  # of all its pictures; none if an older version made the run
     pictures: str | None  # the real path of the user's own folder of pictures, which may be gone by now
     finished: bool
+    folder: Path
+    known: int  # pictures of the test split that the run of init_from has seen
 
     @property
     def framework(self) -> str:
@@ -83,17 +85,19 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder} has no finished epoch")
     if finished != len(records):
         raise InputError(f"{folder} is no finished run: it has gone on since its summary.json was written")
-    names = frozenset(name for part in splits.read(folder).values() for name in part)
+    parts = splits.read(folder)
+    names = frozenset[str]().union(*parts.values())
+    known = len(splits.seen_before(config, parts.get("test", [])))
     data, pictures = config.data, None
     if data.dataset == "folder" and data.data_dir:  # environment.json has the way to a relative one
         pictures = os.path.realpath(folder.resolve() / environment.get("data_dir", Path(data.data_dir).absolute()))
     is_finished = len(records) >= config.train.epochs or (folder / "summary.json").exists()
-    return Run(config, environment, records, *held_out(scores), names, pictures, is_finished)
+    return Run(config, environment, records, *held_out(scores), names, pictures, is_finished, folder, known)
 
 
-HEAD = ("variant", "data", "size", "pictures", "epochs", "other settings", "framework", "seeds", "published best loss",
-        "test loss", "best test loss", "mean IoU", "IoU by class", "pixel accuracy", "s / epoch", "images/s",
-        "device", "commit")  # fmt: skip
+HEAD = ("variant", "data", "size", "pictures", "epochs", "other settings", "framework", "seeds", "runs",
+        "published best loss", "test loss", "best test loss", "mean IoU", "IoU by class", "pixel accuracy",
+        "s / epoch", "images/s", "device", "commit")  # fmt: skip
 IN_COLUMNS = {f"data.{name}" for name in ("dataset", "image_size", "train_examples", "class_names")}
 IN_COLUMNS |= {"train.seed", "train.epochs"}
 
@@ -134,6 +138,7 @@ def row(runs: list[Run]) -> str:
     published = published_losses(config)
     epochs = f"{len(runs[0].records)}" + f" of {config.train.epochs}" * (not runs[0].finished)
     best = [min(r["test_loss"] for r in run.records) for run in runs if "test_loss" in run.records[-1]]
+    told = f"; init_from has seen {runs[0].known} of its test pictures" * bool(runs[0].known)
     iou = [{k: v for k, v in run.scores.get("iou", {}).items() if v is not None} for run in runs]
 
     def class_score(name: str) -> str:
@@ -147,8 +152,8 @@ def row(runs: list[Run]) -> str:
 
     cells = (
         config.variant, runs[0].data, size_text(data.image_size), data.train_examples or "all", epochs,
-        settings(config), runs[0].framework, " ".join(str(run.config.train.seed) for run in runs),
-        min(published.values()) if published else "-",
+        settings(config) + told, runs[0].framework, " ".join(str(run.config.train.seed) for run in runs),
+        ", ".join(run.folder.name for run in runs), min(published.values()) if published else "-",
         score("loss"), spread(best) if best else "-", score("mean_iou"),
         ", ".join(map(class_score, dict.fromkeys(name for scores in iou for name in scores))),
         score("pixel_accuracy"),
@@ -161,7 +166,7 @@ def row(runs: list[Run]) -> str:
 
 def share_a_row(one: Run, other: Run) -> bool:
     """Whether two runs, of the same code and pictures, differ in their seeds and in nothing else that a table tells."""
-    made = [(run.framework, run.device, run.commit, len(run.records), run.pictures, run.names) for run in (one, other)]
+    made = [(r.framework, r.device, r.commit, len(r.records), r.pictures, r.names, r.known) for r in (one, other)]
     changed = [text.split(": ")[0] for text in differences(one.config, other.config)]
     return made[0] == made[1] and changed == ["train.seed"]
 

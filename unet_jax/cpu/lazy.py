@@ -4,6 +4,7 @@
 them; functions of jax.lax need jnp.asarray(x) instead of x.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,12 +39,21 @@ class Lazy:
         return getattr(self.value(), name)
 
 
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda self, *other: getattr(self.value(), name)(*other)
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Lazy, f"__{_name}__", _operator(f"__{_name}__"))  # Python looks these up in the class
+
+
 def as_array(x: Array | Lazy) -> Array:
     """The array that x stands for."""
     return x.value() if isinstance(x, Lazy) else x
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(eq=False)  # == compares the numbers
 class Rectified(Lazy):
     """max(x, 0)."""
 
@@ -56,7 +66,7 @@ class Rectified(Lazy):
         return jax.nn.relu(self.x)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(eq=False)  # == compares the numbers
 class Joined(Lazy):
     """Parts [N, H, W, C1], [N, H, W, C2], ..., concatenated along the channels."""
 
@@ -69,7 +79,7 @@ class Joined(Lazy):
         return jnp.concatenate([as_array(part) for part in self.parts], -1)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(eq=False)  # == compares the numbers
 class Scaled(Lazy):
     """x * gain + shift [N, H, W, C], with max(x, 0) for x if `relu_first`. x is [N, H, W, C], gain and shift are [C].
 

@@ -102,8 +102,15 @@ class Loader:
         """Takes only `rows`, if they are given. Moves the split to the device if `placement.fits` says that it may.
 
         Raises:
-          InputError: no pixel of the pictures counts. The loss would be 0, the best there is.
+          InputError: the arrays are no pictures with their labels and names, or no pixel counts. The loss would be 0,
+            the best there is.
         """
+        images, labels, count = split.images, split.labels, len(split.names)
+        if images.dtype != np.uint8 or labels.dtype != np.uint8 or not count == len(images) == len(labels):
+            raise InputError(
+                f"pictures are {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}, names {count}: they"
+                " must be uint8 [N, H, W, C], uint8 [N, H, W] and N names"
+            )
         self.split, self.batch_size, self.placement = split, batch_size, placement
         self.rows = np.arange(len(split.names)) if rows is None else rows
         if not any((split.labels[row] != IGNORE_LABEL).any() for row in self.rows):

@@ -31,7 +31,7 @@ class Split(NamedTuple):
     """images uint8 [N, H, W, 3], labels uint8 [N, H, W] (both may be memory-mapped), names of the N pictures.
 
     scale has two medians: of H over the pictures' own heights, and of W over their own widths. validation has the names
-    of the pictures that the dataset itself keeps for validation.
+    of the pictures that the dataset itself keeps for validation. checksums are those of images and of labels.
     """
 
     images: np.ndarray
@@ -39,6 +39,17 @@ class Split(NamedTuple):
     names: list[str]
     scale: tuple[float, float] | None = None
     validation: frozenset[str] = frozenset()
+    checksums: tuple[int, ...] = ()
+
+
+def check_example(example: Example) -> None:
+    """Raises InputError unless the picture is uint8 [H, W, 3] and its labels uint8 [H, W]."""
+    image, labels = example.image, example.labels
+    if image.dtype != np.uint8 or labels.dtype != np.uint8 or image.shape != (*labels.shape, 3) or labels.ndim != 2:
+        raise InputError(
+            f"{example.name}: the picture is {image.dtype} {image.shape} and its labels {labels.dtype} {labels.shape};"
+            " they must be uint8 [H, W, 3] and uint8 [H, W]"
+        )
 
 
 def resize(example: Example, size: ImageSize) -> Example:
@@ -88,7 +99,7 @@ def _open(folder: Path) -> Split | None:
         if sums != meta["checksums"] or len(meta["names"]) != len(arrays["images"]):
             return None
         down, across = meta["scale"]  # caches of older versions lack it, and are made again
-        return Split(arrays["images"], arrays["labels"], meta["names"], (down, across))
+        return Split(arrays["images"], arrays["labels"], meta["names"], (down, across), checksums=(*sums.values(),))
     except Exception:  # damaged files fail in many ways
         return None
 
@@ -148,6 +159,7 @@ def _decode(source: Source, size: ImageSize, count: int, building: Path) -> None
 
     def decode(i: int) -> str:
         example = source.read(i)
+        check_example(example)
         scales[i] = np.divide(size, example.labels.shape)
         example = resize(example, size)
         arrays["images"][i], arrays["labels"][i] = example.image, example.labels

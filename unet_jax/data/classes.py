@@ -114,6 +114,13 @@ def in_colours(table: Table) -> bool:
     return any(code >= COLOUR for code, _ in table)
 
 
+def stored(values: Sequence[str] | None, names: Sequence[str]) -> list[int]:
+    """The value of each class in masks that are written: that of `values_of`, or the index if there are no values."""
+    table = table_of(values or (), names)
+    listed = [code for code, label in table if label != IGNORE_LABEL]
+    return list(range(len(names))) if in_colours(table) or not listed else listed
+
+
 def palette_of(values: Iterable[int], palette: Mapping[int, int]) -> tuple[str, ...]:
     """The colour that a palette has for each value, as #rrggbb, "" where it has none; () if it has greys alone."""
     colours = [palette.get(value) for value in values]

@@ -125,7 +125,7 @@ def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
     names, own = classes.read(layout.classes, data.class_names)
     table = own or classes.table_of(data.mask_values or (), names)
     splits, problems, left_out = split(layout, data.test_fraction, seed)
-    seen, brightest, unusable = _inspect(tuple(pair for pairs in splits.values() for pair in pairs), table)
+    seen, brightest, clear, unusable = _inspect(tuple(pair for pairs in splits.values() for pair in pairs), table)
     reading = masks.judge(seen, names, table, data.mask_255)
     values = _values(table, reading)
     problems |= unusable | reading.problems
@@ -146,6 +146,11 @@ def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
         )
     if to_train and (unseen := _unseen([seen[pair.stem] for pair in splits["train"]], table, reading)):
         left_out.append(f"no training picture has {some(unseen)}, so that nothing of it can be learnt")
+    if clear:
+        left_out.append(
+            f"{len(clear)} of its pictures ({some(sorted(clear))}) have transparent parts, which are laid on white: if"
+            " their last band is no transparency, save them without it"
+        )
     for line in (read_as, *left_out, *_notes(seen, reading, brightest, white)):
         _print_once(f"{data_dir}: {line}")
     palette = {index: colour for mask in seen.values() for index, colour in mask.palette.items()}
@@ -214,11 +219,12 @@ def _notes(seen: Mapping[str, Seen], reading: Reading, brightest: int, white: in
 
 
 @functools.lru_cache(maxsize=1)  # a run asks twice: for the class names, and then for the pictures
-def _inspect(pairs: tuple[Pair, ...], table: Table) -> tuple[dict[str, Seen], int, Problems]:
-    """Reads everything: what each mask holds, by stem; the largest value of 16-bit grey; and what is wrong."""
+def _inspect(pairs: tuple[Pair, ...], table: Table) -> tuple[dict[str, Seen], int, list[str], Problems]:
+    """Reads everything: what each mask holds, by stem; the largest 16-bit grey; what is transparent; what is wrong."""
     unusable: list[str] = []
     sizes: list[str] = []
     grey: list[int] = [0]
+    clear: list[str] = []
     cut: dict[str, int] = {}
 
     def look(pair: Pair) -> Seen | None:
@@ -227,6 +233,8 @@ def _inspect(pairs: tuple[Pair, ...], table: Table) -> tuple[dict[str, Seen], in
         except InputError as error:
             unusable.append(str(error))
             return None
+        if picture.transparent:
+            clear.append(pair.stem)
         if picture.cut:
             cut[pair.stem] = picture.brightest
         else:
@@ -246,4 +254,4 @@ def _inspect(pairs: tuple[Pair, ...], table: Table) -> tuple[dict[str, Seen], in
         "masks that differ from their picture in size": sizes,
         "pictures of 16-bit colours that use a part of the range (save them with 8 bits)": list(cut) * dark,
     }
-    return seen, max(grey), problems
+    return seen, max(grey), clear, problems

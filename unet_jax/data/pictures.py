@@ -28,11 +28,13 @@ class Pixels(NamedTuple):
 
     values is uint8 [H, W, 3], or uint16 [H, W] for 16-bit grey. cut is true for 16-bit colours: Pillow reads only the
     upper 8 bits. brightest is the largest 16-bit value where the picture is not transparent; 0 for a picture of 8 bits.
+    transparent says whether parts of it were, and are laid on white.
     """
 
     values: np.ndarray
     cut: bool
     brightest: int
+    transparent: bool
 
 
 def uses_a_part(brightest: int) -> bool:
@@ -98,7 +100,8 @@ def decode(path: Path) -> Pixels:
                 check_black_is_zero(image)
             values = upright(image)
             brightest = _brightest(image) * 257 if cut else int(values.max()) if values.ndim == 2 else 0
-            return Pixels(values, cut, brightest)
+            clear = image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255
+            return Pixels(values, cut, brightest, bool(clear))
     except UnidentifiedImageError:
         reason = "is no picture of a known format" if path.stat().st_size else "is empty"
     except Image.DecompressionBombError:  # Pillow's own, for twice the limit
