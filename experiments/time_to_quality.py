@@ -8,6 +8,7 @@ evaluations. A run that began with `--init-from` another run named here counts t
 
 import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,8 @@ def curves(folders: Sequence[Path]) -> list[Curve]:
         """At the end of each epoch, from the start of the run that this one began from."""
         origin = run.config.train.init_from
         before = runs.get(Path(origin).resolve()) if origin else None
+        if origin and not before:
+            print(f"the run that began from {origin} counts its own minutes alone: name that one, too", file=sys.stderr)
         seconds = itertools.accumulate(record["seconds"] for record in run.records)
         start = minutes(before)[-1] if before else 0.0
         return [start + s / 60 for s in seconds]
@@ -45,14 +48,8 @@ def curves(folders: Sequence[Path]) -> list[Curve]:
         parts, scores = zip(*map(held_out, run.records), strict=True)
         if "mean_iou" not in scores[-1]:
             raise InputError(f"{folder} has no mean IoU: it had neither a test split nor a validation part")
-        found.append(
-            Curve(
-                "/".join(folder.resolve().parts[-2:]),
-                minutes(run),
-                [score["mean_iou"] or 0 for score in scores],
-                parts[-1],
-            )
-        )
+        label = "/".join(folder.resolve().parts[-2:])
+        found.append(Curve(label, minutes(run), [score["mean_iou"] or 0 for score in scores], parts[-1]))
     return found
 
 

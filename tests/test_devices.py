@@ -122,6 +122,28 @@ print(before - resident())
 """
 
 
+PEAKS_OF_STEPS = """
+import dataclasses, jax, numpy
+from unet_jax import device, runs, train
+from unet_jax.config import default_config
+from unet_jax.data.batches import Batch
+
+device.set_up(None)
+placement = device.placement()
+config = default_config("mp_tr_ce", "synthetic")
+precision = device.fastest_precision(placement)
+config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
+batch = Batch(numpy.zeros((8, 240, 240, 3), numpy.uint8), numpy.zeros((8, 240, 240), numpy.uint8), numpy.ones(8, "f"))
+batch = jax.device_put(batch, placement.batch)
+state = jax.device_put(runs.fresh_state(config, placement), placement.replicated)
+step = train.make_steps(config, placement, 10).train.lower(state, batch).compile()
+print(step.memory_analysis().temp_size_in_bytes)
+for _ in range(4):
+    state, _ = jax.block_until_ready(step(state, batch))
+    print(1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
 def faults_of_a_step(*arguments: str) -> float:
     """The median: now and then the kept memory is in pieces, and a step takes some more."""
     command = [sys.executable, "-c", FAULTS_OF_STEPS, *arguments]
@@ -141,6 +163,14 @@ def test_what_compiling_took_is_given_back():
     command = [sys.executable, "-c", GIVEN_BACK]
     kept, given_back = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert kept < 2**20 < 2**27 < given_back  # of 2**28
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc of glibc alone is set")
+def test_a_step_of_the_published_widths_takes_the_memory_of_the_one_before():
+    printed = subprocess.run([sys.executable, "-c", PEAKS_OF_STEPS], check=True, capture_output=True, text=True).stdout
+    temporaries, first, *_, last = map(int, printed.split())
+    assert temporaries > 2**28
+    assert last - first < temporaries / 4
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,12 @@ def test_names_are_shown_as_they_are_whatever_they_have_in_them():
     png_size(metrics_figure([{**r, "iou": dict.fromkeys(names, 0.5)} for r in records(2)], "$\\x$"))
 
 
+def test_names_that_the_font_lacks_give_boxes_and_no_warnings():
+    one = np.zeros((1, 4, 4), np.uint8)
+    figure = results_figure(np.zeros((1, 4, 4, 3), np.uint8), one, one, ("森林", "b"), "x")
+    figure.savefig(io.BytesIO())
+
+
 def test_the_background_is_clear_in_an_overlay():
     image = np.full((40, 40, 3), 100, np.uint8)
     labels = np.zeros((40, 40), np.uint8)

@@ -298,7 +298,7 @@ def test_ablation_table_pairs_seeds():
     ]
 
 
-def test_time_to_quality_counts_the_run_that_another_began_from(tmp_path, monkeypatch):
+def test_time_to_quality_counts_the_run_that_another_began_from(tmp_path, monkeypatch, capsys):
     first = make_run(tmp_path / "first", 1, [0.9, 0.8])  # epochs of 10 and 20 s
     make_run(tmp_path / "second", 2, [0.7, 0.6], init_from=str(first))
     command = ["time_to_quality.py", str(tmp_path / "second"), str(first), "--levels", ".6", ".65", ".75"]
@@ -309,6 +309,9 @@ def test_time_to_quality_counts_the_run_that_another_began_from(tmp_path, monkey
         f"| {tmp_path.name}/first | test | 0.2 | - | - | 0.6000 | 0.5 |",
     ]
     assert (tmp_path / "out" / "time_to_quality.png").read_bytes()[:4] == b"\x89PNG"
+    assert not capsys.readouterr().err
+    time_to_quality.curves([tmp_path / "second"])
+    assert "counts its own minutes alone: name that one, too" in capsys.readouterr().err
     record = {"epoch": 1, "train_loss": 0.5, "seconds": 10.0, "images_per_second": 1.0}
     (first / "metrics.jsonl").write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"first has no mean IoU: it had neither a test split nor a validation part$"):

@@ -1,6 +1,7 @@
 """Arrays and records to matplotlib Figures; the caller saves them."""
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,7 @@ def _name(text: str) -> str:
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
+    warnings.filterwarnings("ignore", "Glyph .* missing from")  # boxes show it, and each text would say so anew
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 

@@ -64,15 +64,8 @@ def evaluate_run(options: Options) -> None:
     dataset, name = picked.dataset, picked.name
     steps = make_steps(config, placement, steps_per_epoch=1, views=FLIPS[options.tta])  # it matters only in training
     scores, names, by_picture = score(options, config, picked, steps, restored, placement)
-    kind = "-".join(
-        [
-            *[picked.elsewhere] * bool(picked.elsewhere),
-            name,
-            *[options.tta] * (options.tta != "none"),
-            *["full-size"] * options.full_size,
-        ]
-    )
-    out = options.out or options.run / f"evaluation-{kind}"
+    kinds = (picked.elsewhere, name, options.tta.removeprefix("none"), "full-size" * options.full_size)
+    out = options.out or options.run / "-".join(["evaluation", *filter(None, kinds)])
     out.mkdir(parents=True, exist_ok=True)
     epoch = len(restored.progress.records)
     about = {"dataset": dataset, "data_dir": picked.data_dir, "split": name, "pictures": len(names), "epoch": epoch}

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -19,24 +21,48 @@ namespace ffi = xla::ffi;
 using Array = ffi::Buffer<ffi::F32>;
 using std::int64_t;
 
-// Uninitialized memory that grows as needed. It is freed with its owner; growing discards its contents.
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Uninitialized memory of a call, freed with its owner.
 class Buffer {
  public:
   float* of(int64_t count) {
-    if (count > size_) {
-      memory_.reset(static_cast<float*>(std::aligned_alloc(64, (count + 15) / 16 * 64)));
-      if (!memory_) throw std::bad_alloc();
-      size_ = count;
-    }
+    memory_.reset(static_cast<float*>(std::aligned_alloc(64, std::max<int64_t>(ceil_div(count, 16), 1) * 64)));
+    if (!memory_) throw std::bad_alloc();
     return memory_.get();
   }
 
  private:
   std::unique_ptr<float, decltype(&std::free)> memory_{nullptr, &std::free};
+};
+
+// Memory of a thread, kept from call to call. Growing discards its contents. It is not from the heap, where it would
+// come to lie above the memory of XLA's step. The next step could not have that again (glibc's memalign looks for some
+// bytes more than it takes), and the process would keep two of them.
+class Pages {
+ public:
+  ~Pages() { free(); }
+  float* of(int64_t count) {
+    if (count > size_) {
+      free();
+      void* memory = mmap(nullptr, 4 * count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (memory == MAP_FAILED) throw std::bad_alloc();
+      memory_ = static_cast<float*>(memory);
+      size_ = count;
+    }
+    return memory_;
+  }
+
+ private:
+  void free() {
+    if (size_) munmap(memory_, 4 * size_);
+    size_ = 0;
+  }
+  float* memory_ = nullptr;
   int64_t size_ = 0;
 };
 
-thread_local Buffer scratch;
+thread_local Pages scratch;
 
 // Runs item(0), ..., item(count - 1) on the pool's threads and on the calling one. If all threads of the pool are busy,
 // the calling thread runs every item itself, so this cannot deadlock. Each thread begins with a share of its own, the
@@ -67,8 +93,6 @@ void parallel(ffi::ThreadPool& pool, int64_t count, const Item& item) {
   while (progress->done.load() < count) std::this_thread::yield();
   if (progress->failed) throw std::bad_alloc();
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls rows(first, last) in parallel on blocks of at most `most` of `count` rows. If the rows suffice, the number of
 // blocks is about a multiple of the number of threads, so that all threads get equally many.
