@@ -17,6 +17,7 @@ from unet_jax.commands.report import Run, read_run
 from unet_jax.errors import InputError, exit_on_input_error
 from unet_jax.metrics import cell, held_out
 from unet_jax.plots import quality_figure
+from unet_jax.runs import labels
 
 
 class Curve(NamedTuple):
@@ -43,12 +44,11 @@ def curves(folders: Sequence[Path]) -> list[Curve]:
         return [start + s / 60 for s in seconds]
 
     found = []
-    for folder in folders:
+    for folder, label in zip(folders, labels([folder.resolve() for folder in folders]), strict=True):
         run = runs[folder.resolve()]
         parts, scores = zip(*map(held_out, run.records), strict=True)
         if "mean_iou" not in scores[-1]:
             raise InputError(f"{folder} has no mean IoU: it had neither a test split nor a validation part")
-        label = "/".join(folder.resolve().parts[-2:])
         found.append(Curve(label, minutes(run), [score["mean_iou"] or 0 for score in scores], parts[-1]))
     return found
 

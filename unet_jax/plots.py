@@ -175,6 +175,13 @@ def _legend_below(figure: "Figure", handles: Sequence[Any]) -> None:
     figure.set_size_inches(width, height + box.height / figure.dpi * (1 - 1 / rows))
 
 
+def _line_colours(count: int) -> list[str]:
+    """matplotlib's own, which are ten, or else our distinct ones, far from the white ground too."""
+    if count <= 10:
+        return [f"C{i}" for i in range(count)]
+    return [f"#{bytes(colour).hex()}" for colour in _distinct(((255, 255, 255),), count + 1)[1:]]
+
+
 def comparison_figure(
     runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
     published: Mapping[str, Mapping[int, float]],
@@ -195,11 +202,8 @@ def comparison_figure(
         if points:
             axes.plot(list(points), list(points.values()), "kx", ms=5, label="test, published")
         alone = len(curves) == 1
-        for i, (label, records) in enumerate(curves.items()):
+        for colour, (label, records) in zip(_line_colours(len(curves)), curves.items(), strict=True):
             part, _ = held_out(records[-1])
-            colour = (
-                f"C{i}" if len(curves) <= 10 else f"#{bytes(_distinct(((255,) * 3,), len(curves) + 1)[i + 1]).hex()}"
-            )
             epochs = [r["epoch"] for r in records]
             losses, others = [r["train_loss"] for r in records], [r.get(f"{part}_loss", np.nan) for r in records]
             axes.plot(epochs, losses, "--", color=colour, lw=1, label="train" if alone else "_train")

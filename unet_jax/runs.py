@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,6 +58,12 @@ def write_json(path: Path, value: Any) -> None:
 def write_records(folder: Path, records: list[dict[str, Any]]) -> None:
     """Makes metrics.jsonl hold these records, a line each."""
     write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """A short name for each run: the last two parts of its path, or the whole of each if two would be alike."""
+    short = ["/".join(folder.parts[-2:]) for folder in folders]
+    return short if len(set(short)) == len(short) else list(map(str, folders))
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

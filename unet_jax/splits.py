@@ -21,6 +21,10 @@ class Seen(NamedTuple):
     train: frozenset[str]
     validation: frozenset[str]
 
+    @property
+    def either(self) -> frozenset[str]:
+        return self.train | self.validation
+
 
 def write(folder: Path, split: Mapping[str, Sequence[str]], goes_on: bool) -> None:
     """Makes split.json hold the names of the pictures in each split.
@@ -116,4 +120,4 @@ def seen(run: Path, seed: int) -> Seen:
 def seen_before(config: RunConfig, names: Sequence[str]) -> list[str]:
     """Those of these pictures or tiles that the run of --init-from and its `lineage` have seen."""
     first = config.train.init_from
-    return among(names, frozenset[str]().union(*seen(Path(first), config.train.seed))) if first else []
+    return among(names, seen(Path(first), config.train.seed).either) if first else []

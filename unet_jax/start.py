@@ -87,7 +87,7 @@ def tell_overlap(config: RunConfig, names: Mapping[str, Sequence[str]]) -> None:
         return
     seen = splits.seen(Path(run), config.train.seed)
     told = []
-    for part, known in (("test", seen.train | seen.validation), ("validation", seen.train)):
+    for part, known in (("test", seen.either), ("validation", seen.train)):
         if both := splits.among(names[part], known):
             told.append(f"{len(both)} of {len(names[part])} {part} pictures ({some(both)})")
     if told:

@@ -76,7 +76,7 @@ def evaluate_run(options: Options) -> None:
     runs.write_text(out / "scores.csv", scores_csv(names, by_picture, classes))
     text = tables(scores, confusion, classes)
     runs.write_text(out / "tables.md", text)
-    if picked.split and not options.full_size:
+    if picked.split:
         draw_extremes(steps, restored.state, picked.split, by_picture, config.data, out, options.run.resolve().name)
     step = int(restored.state.step)
     trained = f"epoch {epoch}" if epoch else f"step {step}" if step else "imported weights"
@@ -98,7 +98,7 @@ def score(
     from unet_jax.predict import predictor
 
     classes = config.data.class_names
-    if options.full_size or not picked.split:
+    if not picked.split:
         by_run = predictor(config, restored, placement)
         names, by_picture = confusions(by_run, picked.source, picked.rows, options.examples, options.tta)
         return confusion_scores(by_picture.sum(0), classes), names, by_picture

@@ -26,7 +26,7 @@ class Picked(NamedTuple):
     """Pictures to evaluate: the dataset's name and folder, the split's name, and which rows of which source they are.
 
     elsewhere is the name of the folder (or dataset) if it is not the run's own, else "".
-    split has the arrays. It is None if they are to be scored at full size and need not be made for their names.
+    split has the arrays. It is None if they are to be scored at full size.
     """
 
     dataset: str
@@ -54,7 +54,6 @@ def pick(options: "Options", config: RunConfig) -> Picked:
     found, names = sources(data, config.train.seed), splits.read(options.run)
     own = dataset != "folder" or is_own(options, config, found, names)
     elsewhere = "" if own and dataset == config.data.dataset else Path(data_dir or dataset).resolve().name
-    where = (dataset, data_dir, elsewhere)
     name, divided = split_name(options, data, found, own)
     source = whole(found) if name == "all" else found["test" if name == "test" else "train"]
     if not source.size:
@@ -64,28 +63,27 @@ def pick(options: "Options", config: RunConfig) -> Picked:
     count = {"test": data.test_examples, "all": None}.get(name, data.train_examples)
     cache = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
     first = None if options.full_size and source.pictures else options.examples  # at full size tiles do not count
-    if name in ("test", "all"):
-        known = options.full_size and source.names  # so that no arrays need be made for them
-        split = None if known else load_split(source, data.image_size, first or count, cache)
-        asked = split.names if split else source.names[: first or count]
+    most = count if divided else first or count
+    known = options.full_size and source.names and not divided  # so that no arrays need be made for them
+    split = None if known else load_split(source, data.image_size, most, cache)
+    asked = split.names if split else source.names[:most]
+    rows: Sequence[int] = range(len(asked))
+    if divided and split:
+        part = batches.divide(split, data.validation_fraction, config.train.seed)[name == "validation"]
+        asked = [asked[i] for i in part]
+        if own and asked != names.get(name, asked):  # a run that an older version made has no names
+            raise InputError(
+                f"{data_dir or dataset} has other {name} pictures than {options.run} had: --split all scores them all"
+            )
+        rows = part[:first].tolist()
+        if not options.full_size:
+            split = Split(split.images[rows], split.labels[rows], asked[:first])
+    elif name != "train":
         if dataset == "folder" and not names:
             print(f"{options.run} {splits.UNKNOWN}")
         scored = list(dict.fromkeys(map(picture_of, asked))) if options.full_size else asked
         check_unseen(options.run, names, scored, own and name == "test", config.train.seed)
-        return Picked(*where, name, source, range(len(asked)), split)
-    if divided:
-        split = load_split(source, data.image_size, count, cache)
-        rows = batches.divide(split, data.validation_fraction, config.train.seed)[name == "validation"]
-        of_part = [split.names[i] for i in rows]
-        if own and of_part != names.get(name, of_part):  # a run that an older version made has no names
-            raise InputError(
-                f"{data_dir or dataset} has other {name} pictures than {options.run} had: --split all scores them all"
-            )
-        rows = rows[:first]
-        split = Split(split.images[rows], split.labels[rows], of_part[:first])
-        return Picked(*where, name, source, rows.tolist(), split)
-    split = load_split(source, data.image_size, first or count, cache)
-    return Picked(*where, name, source, range(len(split.names)), split)
+    return Picked(dataset, data_dir, elsewhere, name, source, rows, None if options.full_size else split)
 
 
 def is_own(
@@ -103,12 +101,13 @@ def is_own(
 
 
 def split_name(options: "Options", data: DataConfig, found: Mapping[str, Source], own: bool) -> tuple[str, bool]:
-    """The split to evaluate, and whether train is divided into a training and a validation part."""
+    """The split to evaluate, and whether it is a part of train, divided for training and validation."""
     held_out = "test" if found["test"].size or not data.validation_fraction else "validation"
     name = options.split or (held_out if own else "all")
     if name == "validation" and not data.validation_fraction:
         raise InputError(f"{options.run} kept no part of train for validation: choose --split test or train")
     divided = data.validation_fraction > 0 and (own or bool(found["train"].validation))
+    divided = divided and name in ("train", "validation")
     if name == "validation" and not divided:
         raise InputError(
             f"{data.data_dir} is not divided as the run's pictures were: choose --split train, test or all"
@@ -128,7 +127,7 @@ def check_unseen(run: Path, names: Mapping[str, Sequence[str]], asked: Sequence[
         return f"{len(seen)} of these {len(asked)} {unit} have names that {by} was trained on ({some(seen)})"
 
     itself = {picture_of(name) for name in splits.trained_on(names)}
-    trained = frozenset[str]().union(*splits.seen(run, seed))
+    trained = splits.seen(run, seed).either
     if own and (seen := splits.among(asked, itself)):
         raise InputError(
             f"{text(seen, str(run))}: the folder's lists or pictures have changed since; --split all scores them anyway"

@@ -207,13 +207,10 @@ def table(runs: Iterable[Run]) -> str:
 def write_comparison(runs: dict[Path, Run], out: Path | None = None, name: str = "comparison") -> None:
     """Writes NAME.md and NAME.png about the runs in these folders, to `out` or the folder that holds the first."""
     from unet_jax import plots
-    from unet_jax.runs import write_text
+    from unet_jax.runs import labels, write_text
 
     out = out or next(iter(runs)).parent
     out.mkdir(parents=True, exist_ok=True)
-    labels = ["/".join(folder.parts[-2:]) for folder in runs]
-    if len(set(labels)) < len(labels):
-        labels = [str(folder) for folder in runs]
     text = table(runs.values())
     note = (
         "Published losses are the best of those printed, for 240x240 pictures and 25 epochs. Test loss is the mean of"
@@ -222,7 +219,7 @@ def write_comparison(runs: dict[Path, Run], out: Path | None = None, name: str =
     )
     write_text(out / f"{name}.md", f"{text}\n{note}")
     panels: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for label, run in zip(labels, runs.values(), strict=True):
+    for label, run in zip(labels(list(runs)), runs.values(), strict=True):
         panels.setdefault(run.config.variant, {})[label] = run.records
     datasets = sorted({run.config.data.dataset for run in runs.values()})
     points: dict[str, dict[int, float]] = {variant: {} for variant in panels}

@@ -114,11 +114,15 @@ def in_colours(table: Table) -> bool:
     return any(code >= COLOUR for code, _ in table)
 
 
+def codes_of(table: Table) -> list[int]:
+    """What a table lists for the classes: all but what is ignored."""
+    return [code for code, label in table if label != IGNORE_LABEL]
+
+
 def stored(values: Sequence[str] | None, names: Sequence[str]) -> list[int]:
     """The value of each class in masks that are written: that of `values_of`, or the index if there are no values."""
     table = table_of(values or (), names)
-    listed = [code for code, label in table if label != IGNORE_LABEL]
-    return list(range(len(names))) if in_colours(table) or not listed else listed
+    return list(range(len(names))) if in_colours(table) or not table else codes_of(table)
 
 
 def palette_of(values: Iterable[int], palette: Mapping[int, int]) -> tuple[str, ...]:
@@ -135,7 +139,7 @@ def colours_of(table: Table, palette: Sequence[str]) -> tuple[str, ...]:
     () if the palette lacks a colour, or has the same for two classes: figures then use our own.
     """
     if in_colours(table):
-        return tuple(_hex(code) for code, label in table if label != IGNORE_LABEL)
+        return tuple(map(_hex, codes_of(table)))
     return () if "" in palette or repeated(palette) else tuple(palette)
 
 

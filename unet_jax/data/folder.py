@@ -160,8 +160,7 @@ def _checked(data: DataConfig, seed: int, to_train: bool) -> Folder:
 
 def _values(table: Table, reading: Reading) -> Sequence[int]:
     """The value of each class in the masks."""
-    listed = [code for code, label in table if label != IGNORE_LABEL]
-    return listed or ((0, IGNORE_LABEL) if reading.meaning == "class" else range(len(reading.names)))
+    return classes.codes_of(table) or ((0, IGNORE_LABEL) if reading.meaning == "class" else range(len(reading.names)))
 
 
 def _other_palette(run: Sequence[str], values: Sequence[int], seen: Mapping[str, Seen]) -> Problems:
